@@ -1,0 +1,89 @@
+"""What a backend is: something that runs a program for one step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenmill.program.kv import KvGroupSpec
+from tokenmill.program.ops import WeightFormat
+from tokenmill.program.step import StepPlan
+
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """A weight matrix ``[n, k]`` in the packed layout of ``csrc/kernels/linear.h``.
+
+    ``data`` is a flat, 64-byte aligned array (often a view of the mapped build cache).
+    """
+
+    name: str
+    format: WeightFormat
+    n: int
+    k: int
+    data: UInt8
+
+
+class ModelWeights(Protocol):
+    """The weights of one program by the program's names."""
+
+    def matrix(self, name: str) -> PackedMatrix:
+        """The packed matrix ``name`` (operand of Linear or Embed). Raises KeyError."""
+
+    def vector(self, name: str) -> Float32:
+        """The vector ``name`` (norm gains, biases) in fp32. Raises KeyError."""
+
+    def decoded(self, name: str) -> Float32:
+        """Matrix ``name`` as fp32 ``[n, k]``, decoded from the checkpoint on each call (the oracle's road)."""
+
+    def close(self) -> None:
+        """Drops mappings."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Bounds of the symbols of a step, known when buffers are planned."""
+
+    tokens: int
+    """Rows of one step."""
+    sequences: int
+    sampled: int
+    """Rows of logits of one step."""
+    context: int
+    """Slots of one sequence."""
+
+
+class Backend(Protocol):
+    """Runs a program, step by step, over a KV cache that it holds."""
+
+    kv_groups: tuple[KvGroupSpec, ...]
+    limits: StepLimits
+
+    def scratch_bytes(self) -> int:
+        """Bytes of activation buffers and per-thread scratch, as allocated."""
+
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pages, as allocated."""
+
+    def run(
+        self,
+        plan: StepPlan,
+        first_op: int = 0,
+        last_op: int | None = None,
+        outputs: Iterable[str] = ("logits",),
+    ) -> Mapping[str, Float32]:
+        """Executes ops [first_op, last_op) and returns the named values.
+
+        Arrays are ``[rows, width]`` and valid until the next call. Values that a later range reads stay alive between
+        calls for the same plan. Raises KeyError for an unknown value and ValueError if the plan exceeds the limits.
+        """
+
+    def close(self) -> None:
+        """Frees buffers and threads."""
