@@ -15,7 +15,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def logits_by_position(backend: Backend, token_ids: Sequence[int]) -> Iterator[tuple[int, Float32]]:
-    """Runs ``token_ids`` as one sequence from an empty cache and yields ``(first position, logits [rows, vocabulary])``.
+    """Runs ``token_ids`` as one new sequence and yields ``(first position, logits [rows, vocabulary])``.
 
     Rows follow the text's order; row i of the text holds the prediction of token i + 1. A yielded array is valid until
     the next one. At most ``backend.limits.sampled`` rows exist at a time. The backend's pages 0, 1, 2, ... are used
