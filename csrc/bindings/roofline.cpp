@@ -70,11 +70,11 @@ void bind_roofline(nb::module_& m) {
   m.def("read_bytes_per_second", &read_bytes_per_second, "bytes"_a, "threads"_a = 0, "seconds"_a = 0.3,
         nb::call_guard<nb::gil_scoped_release>(), "Best streaming read rate over a working set of `bytes`.");
   m.def("int8_operations_per_second", [](int threads, double seconds) {
-    return operations_per_second(roofline_kernels().dot_int8, kInt8OperationsPerIteration, threads, seconds);
+    return operations_per_second(roofline_kernels().dot_int8, roofline_kernels().int8_operations, threads, seconds);
   }, "threads"_a = 0, "seconds"_a = 0.3, nb::call_guard<nb::gil_scoped_release>(),
         "Best rate of int8 multiply and add operations of the path in use, from registers.");
   m.def("f32_operations_per_second", [](int threads, double seconds) {
-    return operations_per_second(roofline_kernels().fma_f32, kF32OperationsPerIteration, threads, seconds);
+    return operations_per_second(roofline_kernels().fma_f32, roofline_kernels().f32_operations, threads, seconds);
   }, "threads"_a = 0, "seconds"_a = 0.3, nb::call_guard<nb::gil_scoped_release>(),
         "Best rate of fp32 multiply and add operations of the path in use, from registers.");
 }
