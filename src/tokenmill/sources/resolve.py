@@ -53,8 +53,8 @@ def _catalogue_file(name: str, progress: PullProgress | None) -> Path:
     path = local_path(entry)
     if path.exists() and not is_pulled(entry):
         raise UsageError(
-            f"{path} has {path.stat().st_size:,} bytes, but {name} has {entry.size:,}; remove the file to pull it again, "
-            f"or run the file as it is by its path"
+            f"{path} has {path.stat().st_size:,} bytes, but {name} has {entry.size:,}; remove the file to pull it "
+            f"again, or run the file as it is by its path"
         )
     return pull(entry, progress)
 
