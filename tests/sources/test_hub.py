@@ -44,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._head()
 
     def do_GET(self) -> None:
-        self.server.downloads += 1
+        self.server.downloads += "/resolve/" in self.path
         self._head()
         self.wfile.write(self.server.data)
 
