@@ -88,31 +88,35 @@ class Chat:
         """Until /quit or the end of the input."""
         say("/help lists the commands, Ctrl-D leaves.")
         for entry in read_entries():
-            if not entry.startswith("/"):
-                self.conversation.say(entry)
-                self._answer()
-                continue
-            name, _, argument = entry[1:].partition(" ")
-            if name in ("quit", "exit"):
+            if entry.split()[0] in ("/quit", "/exit"):
                 return
-            command = self._commands.get(name)
-            if command is None:
-                say(f"unknown command /{name}; /help lists them")
-                continue
             try:
-                command(argument.strip())
+                if entry.startswith("/"):
+                    self._command(entry)
+                else:
+                    self._message(entry)
             except TokenmillError as error:
                 say(f"error: {error}")
 
-    def _answer(self) -> None:
-        """Answers the last message. A failed request leaves the conversation as it was before that message."""
+    def _message(self, text: str) -> None:
+        self.conversation.say(text)
         try:
-            prompt = self._llm.tokenizer.encode_chat(self.conversation.prompt())
-            answer = stream_answer(self._llm, prompt, self._params)
-        except TokenmillError as error:
-            self.conversation.messages.pop()
-            say(f"error: {error}")
-            return
+            self._answer()
+        except TokenmillError:
+            self.conversation.messages.pop()  # the next message must not meet the one that failed
+            raise
+
+    def _command(self, entry: str) -> None:
+        name, _, argument = entry[1:].partition(" ")
+        if command := self._commands.get(name):
+            command(argument.strip())
+        else:
+            say(f"unknown command /{name}; /help lists them")
+
+    def _answer(self) -> None:
+        """Answers the last message."""
+        prompt = self._llm.tokenizer.encode_chat(self.conversation.prompt())
+        answer = stream_answer(self._llm, prompt, self._params)
         print(flush=True)
         self.conversation.answered(answer.text)
         self._answers.append(answer)
