@@ -21,9 +21,9 @@ class SamplingError(UsageError):
 class SamplingParams:
     """How to pick tokens. Raises :class:`SamplingError` on construction if a value is out of range.
 
-    They act in this order: ``logit_bias``, ``min_tokens``, penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``,
-    ``typical_p``. The same request with the same ``seed`` gives the same tokens on every machine's kernels that give the
-    same logits, whatever runs beside it.
+    They act in this order: ``logit_bias``, ``min_tokens``, penalties, ``temperature``, ``min_p``, ``top_k``,
+    ``top_p``, ``typical_p``. The same logits with the same ``seed`` give the same tokens on every processor, whatever
+    else runs beside the request.
     """
 
     max_tokens: int | None = 16
@@ -157,6 +157,6 @@ def _check_whole(name: str, value: object, low: int, high: int | None, *, option
 
 
 def _check_real(name: str, value: object, low: float, high: float) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
-    if not ok:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
         raise SamplingError(f"{name} is {value!r}; it must be a number, {low:g} to {high:g}")
