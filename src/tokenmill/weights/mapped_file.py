@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -56,9 +57,6 @@ class MappedFile:
         self.data.madvise(advice, begin, offset + length - begin)
 
     def close(self) -> None:
-        """Unmaps, or leaves that to the last view if some are still referenced."""
-        try:
+        """Unmaps, unless views are still referenced: then the mapping goes with them and this object."""
+        with contextlib.suppress(BufferError):  # arrays still point into the mapping
             self.data.close()
-        except BufferError:
-            # numpy arrays still point into the mapping; it goes with them.
-            del self.data

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,7 +142,11 @@ def read_folder(folder: Path) -> Checkpoint:
     Raises ModelFileError if a file is missing, unreadable, truncated or corrupt, and UnsupportedModelError for tensor
     types and quantization schemes that are not supported.
     """
-    if not (folder / "config.json").exists():
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise ModelFileError(folder, f"cannot be read: {error.strerror}") from error
+    if "config.json" not in present:
         raise ModelFileError(
             folder, "has no config.json; name a .gguf file or a folder with config.json and safetensors"
         )
@@ -152,9 +157,10 @@ def read_folder(folder: Path) -> Checkpoint:
             f"{folder}: is quantized with {method!r}, which is not supported in safetensors; "
             "use the model's F16 or BF16 checkpoint, or a GGUF file"
         )
-    generation = folder / "generation_config.json"
-    generation_defaults = _read_json_object(generation) if generation.exists() else {}
-    shards, listed = _shards(folder)
+    generation_defaults = {}
+    if "generation_config.json" in present:
+        generation_defaults = _read_json_object(folder / "generation_config.json")
+    shards, listed = _shards(folder, present)
     files: list[MappedFile] = []
     tensors: dict[str, TensorInfo] = {}
     places: dict[str, TensorPlace] = {}
@@ -192,14 +198,14 @@ def read_folder(folder: Path) -> Checkpoint:
         places=places,
         files=tuple(files),
         generation_defaults=generation_defaults,
-        tokenizer_files={name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()},
+        tokenizer_files={name: folder / name for name in TOKENIZER_FILES if name in present},
     )
 
 
-def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
+def _shards(folder: Path, present: set[str]) -> tuple[list[str], dict[str, str]]:
     """File names, and the index's placement of tensors (empty without an index)."""
-    index_path = folder / INDEX_FILE
-    if index_path.exists():
+    if INDEX_FILE in present:
+        index_path = folder / INDEX_FILE
         listed = _read_json_object(index_path).get("weight_map")
         if not isinstance(listed, dict) or not listed or not all(isinstance(shard, str) for shard in listed.values()):
             raise ModelFileError(index_path, "has no weight_map from tensors to files; fetch it again")
@@ -211,9 +217,9 @@ def _shards(folder: Path) -> tuple[list[str], dict[str, str]]:
                     index_path, f"names {shard!r}, which is no safetensors file of the folder; fetch it again"
                 )
         return shards, listed
-    if (folder / SINGLE_FILE).exists():
+    if SINGLE_FILE in present:
         return [SINGLE_FILE], {}
-    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt") for path in folder.glob(pattern))
+    other = sorted(name for name in present if name.endswith((".bin", ".pth", ".pt")))
     found = f" (it has {other[0]}: convert it to safetensors)" if other else ""
     raise ModelFileError(folder, f"has neither {SINGLE_FILE} nor {INDEX_FILE}{found}")
 
