@@ -103,6 +103,19 @@ class StepPlan:
         return self._section(5).reshape(self.groups, self.sequences, self.table_stride)
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Bounds of the symbols of a step, known when buffers are planned."""
+
+    tokens: int
+    """Rows of one step."""
+    sequences: int
+    sampled: int
+    """Rows of logits of one step."""
+    context: int
+    """Slots of one sequence."""
+
+
 def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
     """Packs the sequences' parts, in the given order, into one plan.
 
@@ -123,7 +136,9 @@ def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
         if count == 0:
             raise ValueError(f"sequence {index} of the step has no tokens")
         if len(sequence.page_tables) != groups:
-            raise ValueError(f"sequence {index} has {len(sequence.page_tables)} page tables, the program {groups} KV groups")
+            raise ValueError(
+                f"sequence {index} has {len(sequence.page_tables)} page tables, the program {groups} KV groups"
+            )
         last_page = (sequence.first_slot + count - 1) // 32
         first_position = sequence.first_slot if sequence.first_position is None else sequence.first_position
         token_ids[row : row + count] = sequence.token_ids
@@ -132,7 +147,9 @@ def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
         row_starts[index] = row
         for group, table in enumerate(sequence.page_tables):
             if len(table) <= last_page:
-                raise ValueError(f"sequence {index}: page table of group {group} has {len(table)} pages, needs {last_page + 1}")
+                raise ValueError(
+                    f"sequence {index}: page table of group {group} has {len(table)} pages, needs {last_page + 1}"
+                )
             page_tables[group, index, : len(table)] = table
         for position in sequence.sampled:
             sampled_rows[out] = row + position
