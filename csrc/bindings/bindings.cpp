@@ -12,6 +12,8 @@
 namespace nb = nanobind;
 using namespace tokenmill;
 
+void bind_sampler(nb::module_& m);
+
 namespace {
 
 Isa isa_from_name(const std::string& name) {
@@ -36,4 +38,5 @@ NB_MODULE(_native, m) {
   m.def("set_active_isa", [](const std::string& name) { set_active_isa(isa_from_name(name)); },
         "Switches the path in use, for tests and benchmarks. Not while a step runs.");
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
+  bind_sampler(m);
 }

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from tokenmill.program.kv import KvGroupSpec
 from tokenmill.program.ops import WeightFormat
-from tokenmill.program.step import StepPlan
+from tokenmill.program.step import StepLimits, StepPlan
+
+__all__ = ["Backend", "Float32", "ModelWeights", "PackedMatrix", "StepLimits", "UInt8"]
 
 Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
@@ -45,19 +47,6 @@ class ModelWeights(Protocol):
 
     def close(self) -> None:
         """Drops mappings."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """Bounds of the symbols of a step, known when buffers are planned."""
-
-    tokens: int
-    """Rows of one step."""
-    sequences: int
-    sampled: int
-    """Rows of logits of one step."""
-    context: int
-    """Slots of one sequence."""
 
 
 class Backend(Protocol):

@@ -103,6 +103,19 @@ class StepPlan:
         return self._section(5).reshape(self.groups, self.sequences, self.table_stride)
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Bounds of the symbols of a step, known when buffers are planned."""
+
+    tokens: int
+    """Rows of one step."""
+    sequences: int
+    sampled: int
+    """Rows of logits of one step."""
+    context: int
+    """Slots of one sequence."""
+
+
 def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
     """Packs the sequences' parts, in the given order, into one plan.
 
