@@ -12,10 +12,6 @@
 namespace nb = nanobind;
 using namespace tokenmill;
 
-namespace tokenmill {
-void bind_roofline(nb::module_& m);
-}
-
 namespace {
 
 Isa isa_from_name(const std::string& name) {
@@ -26,6 +22,9 @@ Isa isa_from_name(const std::string& name) {
 }
 
 }  // namespace
+
+void bind_roofline(nb::module_& m);
+void bind_sampler(nb::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Tokenmill's CPU kernels and program executor.";
@@ -41,4 +40,5 @@ NB_MODULE(_native, m) {
         "Switches the path in use, for tests and benchmarks. Not while a step runs.");
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
   bind_roofline(m);
+  bind_sampler(m);
 }

@@ -12,7 +12,8 @@
 
 namespace nb = nanobind;
 
-namespace tokenmill {
+using namespace tokenmill;
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -78,5 +79,3 @@ void bind_roofline(nb::module_& m) {
   }, "threads"_a = 0, "seconds"_a = 0.3, nb::call_guard<nb::gil_scoped_release>(),
         "Best rate of fp32 multiply and add operations of the path in use, from registers.");
 }
-
-}  // namespace tokenmill

@@ -1,0 +1,22 @@
+# syntax=docker/dockerfile:1
+# docker build -t tokenmill . && docker run --rm -v tokenmill:/home/tokenmill/.cache tokenmill generate smollm2-135m "Hello"
+
+FROM python:3.11-slim AS build
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+WORKDIR /source
+COPY . .
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:3.11-slim
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    pip install --no-cache-dir --only-binary :all: /wheels/*.whl
+RUN useradd --create-home --uid 1000 tokenmill \
+ && install --directory --owner=tokenmill --group=tokenmill /home/tokenmill/.cache
+USER tokenmill
+WORKDIR /home/tokenmill
+# Models and packed weights; mount a volume here to keep them.
+VOLUME /home/tokenmill/.cache
+ENTRYPOINT ["tokenmill"]
+CMD ["doctor"]

@@ -1,0 +1,70 @@
+"""The command line: ``tokenmill VERB ...``, one file per verb.
+
+Standard output carries results only; progress, notes and errors go to standard error. Exit codes: 0 success, 1 failure,
+2 usage, 130 interrupted. Errors are one message without a traceback; ``TOKENMILL_DEBUG=1`` shows the traceback.
+
+The verbs import the engine when they run, so ``tokenmill --help`` does not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from tokenmill.cli.chat import chat
+from tokenmill.cli.doctor import doctor
+from tokenmill.cli.generate import generate
+from tokenmill.cli.list import list_models
+from tokenmill.cli.pull import pull_models
+from tokenmill.cli.show import show
+from tokenmill.errors import TokenmillError
+
+app = typer.Typer(
+    name="tokenmill",
+    help="LLM inference on CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("pull")(pull_models)
+app.command("list")(list_models)
+app.command("show")(show)
+app.command("doctor")(doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    if version:
+        from tokenmill import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the ``tokenmill`` command."""
+    try:
+        app()
+    except TokenmillError as error:
+        if os.environ.get("TOKENMILL_DEBUG"):
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("TOKENMILL_DEBUG"):
+            raise
+        kind = type(error).__name__
+        _fail(f"{kind}: {error} (unexpected; TOKENMILL_DEBUG=1 shows where)" if str(error) else kind, 1)
+
+
+def _fail(message: str, exit_code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(exit_code)

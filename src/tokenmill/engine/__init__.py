@@ -1,0 +1,1 @@
+"""From requests to tokens: scheduler, KV cache, the step loop and the thread around it."""

@@ -1,0 +1,295 @@
+"""The step loop: messages in, one step of the backend over all scheduled tokens, events out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from tokenmill import _native
+from tokenmill.backends.backend import Backend, Float32
+from tokenmill.engine.kv_cache import KvCache, PoolUsage
+from tokenmill.engine.messages import (
+    AbortRequest,
+    AddRequest,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Message,
+    PromptScored,
+    TokenLogprobs,
+    TokenOutput,
+)
+from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
+from tokenmill.engine.sequence import Sequence
+from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
+
+
+@runtime_checkable
+class Diagnoses(Protocol):
+    """A backend that can say where a row stopped being finite."""
+
+    def diagnose(self, plan: StepPlan, row: int) -> str | None:
+        """Name of the first op of the program whose output in token row ``row`` of ``plan``, the step run last, holds
+        NaN or infinity."""
+
+
+@dataclass(slots=True)
+class StepStatistics:
+    """Counters since the start."""
+
+    steps: int = 0
+    tokens: int = 0
+    """Rows that ran."""
+    sampled: int = 0
+    preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    message: AddRequest
+    order: int
+    sequences: list[Sequence] = field(default_factory=list)
+    """Outputs that wait or run. Output 0 computes the prompt; the others start when it has, and find its pages."""
+
+
+class EngineCore:
+    """Runs requests over a backend. Driven only by :meth:`handle` and :meth:`step`; not thread-safe.
+
+    ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        vocab_size: int,
+        kv_pages: Items[int],
+        limits: SchedulerLimits,
+        prefix_caching: bool = True,
+        sampler_threads: int = 1,
+    ) -> None:
+        self._backend = backend
+        self._vocab_size = vocab_size
+        self._limits = limits
+        self.cache = KvCache(backend.kv_groups, kv_pages, prefix_caching=prefix_caching)
+        needed = self.cache.pages_needed(limits.context, limits.tokens)
+        for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
+            if has < needs:
+                raise ValueError(f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}")
+        self.scheduler = Scheduler(self.cache, limits)
+        self.statistics = StepStatistics()
+        self._sampler = _native.Sampler(vocab_size, sampler_threads)
+        self._requests: dict[int, _Request] = {}
+        self._arrivals = 0
+
+    @property
+    def busy(self) -> bool:
+        """True while a request waits or runs."""
+        return self.scheduler.busy
+
+    def usage(self) -> list[PoolUsage]:
+        """Pages of each KV group."""
+        return self.cache.usage()
+
+    def handle(self, message: Message) -> list[Event]:
+        """Takes a request in, or stops one. What is wrong with a request is an event, not an exception."""
+        if isinstance(message, AddRequest):
+            return self._add(message)
+        return self._abort(message)
+
+    def step(self) -> list[Event]:
+        """Runs one step. No events and no work if nothing waits."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
+        logits = self._backend.run(plan)["logits"]
+        for chunk in chunks:
+            self.scheduler.advance(chunk)
+        self.statistics.steps += 1
+        self.statistics.tokens += plan.tokens
+        self.statistics.preemptions = self.scheduler.preemptions
+        events: list[Event] = []
+        self._score(chunks, plan, logits, events)
+        self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
+        return events
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    def _add(self, message: AddRequest) -> list[Event]:
+        problem = self._problem(message)
+        if problem is not None:
+            return [Failed(message.request_id, problem)]
+        request = _Request(message, self._arrivals)
+        self._arrivals += 1
+        first = self._new_sequence(request, 0)
+        if first.remaining == 0:  # a single token to score: it has no log-probability
+            return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings())]
+        self._requests[message.request_id] = request
+        self._start(request, first)
+        return []
+
+    def _problem(self, message: AddRequest) -> str | None:
+        length, context = len(message.prompt), self._limits.context
+        if message.request_id in self._requests:
+            return f"request {message.request_id} exists already"
+        if length == 0:
+            return "the prompt is empty: it needs at least one token"
+        if length + (not message.score_only) > context:
+            room = "" if message.score_only else " with room for one more"
+            advice = "shorten it or raise max_model_len"
+            return f"the prompt has {length} tokens, more than the context of {context}{room}; {advice}"
+        if int(message.prompt.min()) < 0 or int(message.prompt.max()) >= self._vocab_size:
+            return f"the prompt holds token ids outside of the vocabulary 0..{self._vocab_size - 1}"
+        return None
+
+    def _new_sequence(self, request: _Request, index: int) -> Sequence:
+        params = request.message.params
+        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else request.message.eos_ids)
+        return Sequence(request.message, index, request.order, end_ids)
+
+    def _start(self, request: _Request, sequence: Sequence) -> None:
+        request.sequences.append(sequence)
+        self.scheduler.add(sequence)
+
+    def _abort(self, message: AbortRequest) -> list[Event]:
+        request = self._requests.get(message.request_id)
+        if request is None:
+            return []
+        stopped = [s for s in request.sequences if message.index is None or s.index == message.index]
+        events: list[Event] = []
+        for sequence in stopped:
+            self.scheduler.remove(sequence)
+            events.append(self._finished(request, sequence, FinishReason.ABORT))
+        return events
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def _sequence_step(self, chunk: Chunk) -> SequenceStep:
+        sequence = chunk.sequence
+        assert sequence.pages is not None
+        rows = list(range(chunk.skip, chunk.skip + chunk.scored))
+        if chunk.samples:
+            rows.append(chunk.count - 1)
+        return SequenceStep(
+            token_ids=sequence.tokens[sequence.computed : sequence.computed + chunk.count],
+            first_slot=sequence.computed,
+            page_tables=[sequence.pages.table(group) for group in range(self.cache.groups)],
+            sampled=rows,
+        )
+
+    def _score(self, chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]) -> None:
+        """Log-probabilities of prompt tokens."""
+        row = 0
+        for chunk in chunks:
+            first_row, row = row, row + chunk.scored + chunk.samples
+            if not chunk.scored:
+                continue
+            sequence = chunk.sequence
+            request = self._requests[sequence.request.request_id]
+            first = sequence.scored
+            targets = sequence.tokens[first : first + chunk.scored]
+            best = sequence.request.params.prompt_logprobs or 0
+            rows = np.arange(first_row, first_row + chunk.scored, dtype=np.int32)
+            results = self._sampler.score(logits, rows, targets, best)
+            bad = np.flatnonzero(results[1])
+            if len(bad):
+                self._fail(request, plan, first_row + int(bad[0]), int(results[1][bad[0]]), events)
+                continue
+            sequence.scored += chunk.scored
+            logprobs = tuple(_token_logprobs(results, i, best) for i in range(chunk.scored))
+            events.append(PromptScored(sequence.request.request_id, first, logprobs))
+            if sequence.request.score_only and not sequence.remaining:
+                self.scheduler.remove(sequence)
+                events.append(self._finished(request, sequence, FinishReason.LENGTH))
+
+    def _sample(
+        self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
+    ) -> None:
+        """One token for every sequence whose last known token has run."""
+        rows: dict[Sequence, int] = {}
+        row = 0
+        for chunk in chunks:
+            row += chunk.scored + chunk.samples
+            if chunk.samples:
+                rows[chunk.sequence] = row - 1
+        sequences = [chunk.sequence for chunk in alive if chunk.samples]
+        if not sequences:
+            return
+        results = self._sampler.sample(
+            logits,
+            np.array([rows[s] for s in sequences], dtype=np.int32),
+            [s.settings for s in sequences],
+            [s.tokens for s in sequences],
+            np.array([s.prompt_length for s in sequences], dtype=np.int32),
+        )
+        self.statistics.sampled += len(sequences)
+        now = time.monotonic()
+        for i, sequence in enumerate(sequences):
+            request = self._requests.get(sequence.request.request_id)
+            if request is None:
+                continue  # another output of the request failed in this step
+            if results[1][i]:
+                self._fail(request, plan, rows[sequence], int(results[1][i]), events)
+                continue
+            wanted = sequence.request.params.logprobs
+            logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
+            token = int(results[0][i])
+            starts_others = sequence.index == 0 and sequence.output_length == 0
+            sequence.first_token = sequence.first_token or now
+            sequence.append(token)
+            events.append(TokenOutput(sequence.request.request_id, sequence.index, token, logprobs))
+            if starts_others:
+                for index in range(1, sequence.request.params.n):
+                    self._start(request, self._new_sequence(request, index))
+            self._end_if_done(request, sequence, token, events)
+
+    def _end_if_done(self, request: _Request, sequence: Sequence, token: int, events: list[Event]) -> None:
+        params = sequence.request.params
+        if token in sequence.end_ids:
+            reason, stop_token = FinishReason.STOP, token
+        elif sequence.output_length == params.max_tokens or sequence.length >= self._limits.context:
+            reason, stop_token = FinishReason.LENGTH, None
+        else:
+            return
+        self.scheduler.remove(sequence)
+        events.append(self._finished(request, sequence, reason, stop_token))
+
+    def _finished(
+        self, request: _Request, sequence: Sequence, reason: FinishReason, stop_token: int | None = None
+    ) -> Finished:
+        request.sequences.remove(sequence)
+        if not request.sequences:
+            self._requests.pop(sequence.request.request_id, None)
+        return Finished(sequence.request.request_id, sequence.index, reason, sequence.timings(), stop_token)
+
+    def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
+        """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
+        if status == _NOTHING_ALLOWED:
+            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity"
+        else:
+            error = "the model's logits hold NaN or infinity"
+            if isinstance(self._backend, Diagnoses):
+                op = self._backend.diagnose(plan, int(plan.sampled_rows[row]))
+                error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
+            error += ". The weights may be damaged: verify the model file"
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence, discard=True)
+        del self._requests[request.message.request_id]
+        events.append(Failed(request.message.request_id, error))
+
+
+_NOTHING_ALLOWED = 2
+
+_Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
+
+
+def _token_logprobs(results: _Results, row: int, best: int) -> TokenLogprobs:
+    _, _, logprobs, ranks, best_ids, best_logprobs = results
+    pairs = zip(best_ids[row, :best].tolist(), best_logprobs[row, :best].tolist(), strict=True)
+    return TokenLogprobs(float(logprobs[row]), int(ranks[row]), tuple((i, p) for i, p in pairs if i >= 0))

@@ -1,0 +1,164 @@
+"""The thread that runs the engine's core, and the mailboxes around it."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+from tokenmill.engine.core import EngineCore, StepStatistics
+from tokenmill.engine.kv_cache import PoolUsage
+from tokenmill.engine.messages import AbortRequest, AddRequest, EngineDeadError, Event, Failed, Finished, Message
+
+
+class _Stop:
+    """Asks the thread to end."""
+
+
+_Inbox = queue.SimpleQueue[Message | _Stop | tuple[Callable[[], None], threading.Event]]
+
+
+class EventStream:
+    """The events of requests submitted together. Iterate with :meth:`next_event` until every request has ended."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._events: queue.SimpleQueue[Event | EngineDeadError] = queue.SimpleQueue()
+
+    def put(self, event: Event | EngineDeadError) -> None:
+        self._events.put(event)
+
+    def next_event(self) -> Event:
+        """Blocks until there is an event. Raises EngineDeadError if there never will be."""
+        event = self._events.get()
+        if isinstance(event, EngineDeadError):
+            self._events.put(event)  # for the next caller too
+            raise EngineDeadError(str(event)) from event
+        return event
+
+
+class Engine:
+    """Runs an :class:`EngineCore` in a thread of its own. All methods may be called from any thread.
+
+    An idle engine blocks on its inbox: no polling. A message that arrives during a step acts before the next one.
+    """
+
+    def __init__(self, core: EngineCore, on_close: Callable[[], None] = lambda: None) -> None:
+        self._core = core
+        self._on_close = on_close
+        self._inbox: _Inbox = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._streams: dict[int, tuple[EventStream, int]] = {}
+        """Stream and number of outputs still to end, by request."""
+        self._ids = itertools.count()
+        self._dead: EngineDeadError | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="tokenmill-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def statistics(self) -> StepStatistics:
+        """Counters of the core."""
+        return self._core.statistics
+
+    def usage(self) -> list[PoolUsage]:
+        """Pages of each KV group between two steps. Raises EngineDeadError."""
+        result: list[PoolUsage] = []
+        done = threading.Event()
+        with self._lock:
+            self._check_alive()
+            self._inbox.put((lambda: result.extend(self._core.usage()), done))
+        done.wait()
+        return result
+
+    def new_request_id(self) -> int:
+        return next(self._ids)
+
+    def submit(self, requests: list[AddRequest]) -> EventStream:
+        """Hands requests in, in this order. Raises EngineDeadError if the engine is closed or has died."""
+        stream = EventStream(self)
+        with self._lock:
+            self._check_alive()
+            for request in requests:
+                self._streams[request.request_id] = (stream, 1 if request.score_only else request.params.n)
+                self._inbox.put(request)
+        return stream
+
+    def cancel(self, request_id: int, index: int | None = None) -> None:
+        """Stops a request, or one output of it, before the next step. Nothing happens if it has ended."""
+        self._inbox.put(AbortRequest(request_id, index))
+
+    def close(self) -> None:
+        """Ends the thread after the current step; open requests fail. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._inbox.put(_Stop())
+        self._thread.join()
+        self._on_close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(str(self._dead)) from self._dead
+        if self._closed:
+            raise EngineDeadError("the engine is closed")
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                self._deliver(self._core.step())
+            error = EngineDeadError("the engine was closed while the request ran")
+        except BaseException as cause:  # whatever it is, nobody may wait for events that never come
+            error = EngineDeadError(f"the engine stopped: {type(cause).__name__}: {cause}")
+            error.__cause__ = cause
+        with self._lock:
+            self._dead = error
+            streams = {stream for stream, _ in self._streams.values()}
+            self._streams.clear()
+        for stream in streams:
+            stream.put(error)
+        for item in self._pending():
+            if isinstance(item, tuple):
+                item[1].set()
+
+    def _take_messages(self) -> bool:
+        """Handles everything in the inbox, waiting for the first message if there is no work. False to stop."""
+        waiting = () if self._core.busy else (self._inbox.get(),)
+        for item in itertools.chain(waiting, self._pending()):
+            if isinstance(item, _Stop):
+                return False
+            if isinstance(item, tuple):
+                item[0]()
+                item[1].set()
+            else:
+                self._deliver(self._core.handle(item))
+        return True
+
+    def _pending(self) -> Iterator[Message | _Stop | tuple[Callable[[], None], threading.Event]]:
+        while True:
+            try:
+                yield self._inbox.get_nowait()
+            except queue.Empty:
+                return
+
+    def _deliver(self, events: list[Event]) -> None:
+        for event in events:
+            with self._lock:
+                stream, left = self._streams.get(event.request_id, (None, 0))
+                if isinstance(event, Failed) or (isinstance(event, Finished) and left == 1):
+                    self._streams.pop(event.request_id, None)
+                elif isinstance(event, Finished) and stream is not None:
+                    self._streams[event.request_id] = (stream, left - 1)
+            if stream is not None:
+                stream.put(event)

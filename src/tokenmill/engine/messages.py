@@ -1,0 +1,116 @@
+"""What goes into the engine and what comes out: plain data, so that it may cross a thread or a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from tokenmill.errors import TokenmillError
+from tokenmill.program.step import Int32
+from tokenmill.sampling import SamplingParams
+
+
+class EngineError(TokenmillError):
+    """A request could not be finished; the message says why."""
+
+
+class EngineDeadError(EngineError):
+    """The engine stopped because of an error and serves no request any more."""
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    """An end token, a stop token or a stop string."""
+    LENGTH = "length"
+    """max_tokens, or the end of the context."""
+    ABORT = "abort"
+    """Cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class AddRequest:
+    """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities.
+
+    ``params.seed`` is set. ``eos_ids`` are the model's end tokens.
+    """
+
+    request_id: int
+    prompt: Int32
+    params: SamplingParams
+    eos_ids: frozenset[int] = frozenset()
+    score_only: bool = False
+    arrival: float = 0.0
+    """``time.monotonic()`` at the front door."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortRequest:
+    """Stop a request (one output of it, or all) and return its pages. Unknown ids are ignored: it may have finished."""
+
+    request_id: int
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probability of one token and of the likeliest ones at its place, of the logits as the model gives them."""
+
+    logprob: float
+    rank: int
+    """1 is the most likely."""
+    best: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most likely first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """When things happened, ``time.monotonic()`` seconds, and how much of the prompt came from the cache."""
+
+    arrival: float
+    started: float
+    first_token: float
+    finished: float
+    cached_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Log-probabilities of the prompt's tokens ``first`` and following, each given the tokens before it."""
+
+    request_id: int
+    first: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """One generated token of output ``index``."""
+
+    request_id: int
+    index: int
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Output ``index`` is complete; its pages are back. ``stop_token`` is the token that ended it, if one did."""
+
+    request_id: int
+    index: int
+    reason: FinishReason
+    timings: Timings
+    stop_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended with an error, all outputs of it; its pages are back."""
+
+    request_id: int
+    error: str
+
+
+Message = AddRequest | AbortRequest
+Event = PromptScored | TokenOutput | Finished | Failed

@@ -1,0 +1,112 @@
+"""One output in the making: its tokens, how far its KV is computed, and what it still wants from the prompt."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from tokenmill._native import SamplerSettings
+from tokenmill.engine.kv_cache import SequencePages
+from tokenmill.engine.messages import AddRequest, Timings
+from tokenmill.program.step import Int32
+from tokenmill.sampling import sampler_settings
+
+
+class Sequence:
+    """State of output ``index`` of a request. A preempted sequence keeps everything but its pages."""
+
+    __slots__ = (
+        "_buffer",
+        "cached_tokens",
+        "computed",
+        "end_ids",
+        "first_token",
+        "index",
+        "length",
+        "order",
+        "pages",
+        "preemptions",
+        "prompt_length",
+        "request",
+        "scored",
+        "settings",
+        "started",
+    )
+
+    def __init__(self, request: AddRequest, index: int, order: int, end_ids: frozenset[int]) -> None:
+        self.request = request
+        self.index = index
+        self.order = (order, index)
+        """Place in the queue: smaller came earlier."""
+        self.end_ids = end_ids
+        self.settings: SamplerSettings = sampler_settings(request.params, sample_index=index, end_ids=end_ids)
+        self.prompt_length = len(request.prompt)
+        self._buffer = np.zeros(self.prompt_length + 64, dtype=np.int32)
+        self._buffer[: self.prompt_length] = request.prompt
+        self.length = self.prompt_length
+        """Tokens, prompt and output."""
+        self.pages: SequencePages | None = None
+        self.computed = 0
+        """Leading slots whose keys and values are in the cache."""
+        self.scored = 1 if self._wants_scores else self.prompt_length
+        """Leading prompt tokens whose log-probability is known or not wanted; the first token has none."""
+        self.cached_tokens = 0
+        self.preemptions = 0
+        self.started = 0.0
+        self.first_token = 0.0
+
+    @property
+    def tokens(self) -> Int32:
+        """Prompt and output; valid until the next append."""
+        return self._buffer[: self.length]
+
+    @property
+    def output_length(self) -> int:
+        return self.length - self.prompt_length
+
+    @property
+    def goal(self) -> int:
+        """Slots that must be computed before the sequence samples or, if it only scores, is done."""
+        return self.prompt_length - 1 if self.request.score_only else self.length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that can run now."""
+        return self.goal - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """True if all that is left to run is the token sampled last."""
+        return self.output_length > 0 and self.remaining == 1
+
+    @property
+    def wants_scores(self) -> bool:
+        """True while log-probabilities of prompt tokens are missing."""
+        return self.scored < self.prompt_length
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens that may come from the prefix cache: the last one's logits are needed, and log-probabilities
+        of the prompt need the logits of all."""
+        return 0 if self.wants_scores else self.length - 1
+
+    def append(self, token: int) -> None:
+        if self.length == len(self._buffer):
+            self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
+        self._buffer[self.length] = token
+        self.length += 1
+
+    def timings(self) -> Timings:
+        return Timings(
+            arrival=self.request.arrival,
+            started=self.started,
+            first_token=self.first_token,
+            finished=time.monotonic(),
+            cached_tokens=self.cached_tokens,
+            preemptions=self.preemptions,
+        )
+
+    @property
+    def _wants_scores(self) -> bool:
+        return self.index == 0 and (self.request.score_only or self.request.params.prompt_logprobs is not None)

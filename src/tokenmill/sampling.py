@@ -1,0 +1,162 @@
+"""Sampling parameters, in vLLM's names, and their conversion for the native sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from tokenmill import _native
+from tokenmill.errors import UsageError
+
+MAX_BEST_LOGPROBS = 128
+MAX_SAMPLES = 128
+
+
+class SamplingError(UsageError):
+    """A sampling parameter has a value that it cannot have. Names parameter, value and allowed range."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to pick tokens. Raises :class:`SamplingError` on construction if a value is out of range.
+
+    They act in this order: ``logit_bias``, ``min_tokens``, penalties, ``temperature``, ``min_p``, ``top_k``,
+    ``top_p``, ``typical_p``. The same logits with the same ``seed`` give the same tokens on every processor, whatever
+    else runs beside the request.
+    """
+
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: as many as the context holds."""
+    min_tokens: int = 0
+    """Tokens before which no end token and no stop string ends the output."""
+    temperature: float = 1.0
+    """0 is greedy (lowest id on ties), otherwise 0.001 to 1,000,000."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1 keeps all."""
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    """Locally typical sampling (Meister et al. 2022); 1 switches it off."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    """None draws one for each request."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the output and are cut from it."""
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    """Log-probability of each generated token and of this many best ones, before penalties and temperature."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens from the second on."""
+    n: int = 1
+    """Outputs per prompt."""
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        _check_whole("max_tokens", self.max_tokens, 1, None, optional=True)
+        _check_whole("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError(f"min_tokens is {self.min_tokens}, more than max_tokens = {self.max_tokens}")
+        _check_real("temperature", self.temperature, 0.0, 1e6)
+        if 0.0 < self.temperature < 1e-3:
+            raise SamplingError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least 0.001")
+        for name in ("top_p", "min_p", "typical_p"):
+            _check_real(name, getattr(self, name), 0.0, 1.0)
+        _check_whole("top_k", self.top_k, -1, None)
+        _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_real("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        if self.repetition_penalty == 0:
+            raise SamplingError("repetition_penalty is 0; it must be above 0 (1 switches it off)")
+        _check_whole("seed", self.seed, 0, 2**64 - 1, optional=True)
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise SamplingError(f"stop holds {text!r}; every stop string must be a text of at least one character")
+        for token in self.stop_token_ids:
+            _check_whole("stop_token_ids", token, 0, None)
+        for token, bias in self.logit_bias.items():
+            _check_whole("logit_bias", token, 0, None)
+            _check_real(f"logit_bias of token {token}", bias, -1e6, 1e6)
+        if not isinstance(self.ignore_eos, bool):
+            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
+        _check_whole("logprobs", self.logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
+        _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
+        _check_whole("n", self.n, 1, MAX_SAMPLES)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """``stop`` as a tuple."""
+        return tuple(self.stop)
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises :class:`SamplingError` if a token id lies outside of the vocabulary."""
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            for token in ids:
+                if token >= vocab_size:
+                    raise SamplingError(f"{name} names token {token}, outside of the vocabulary 0..{vocab_size - 1}")
+
+    @classmethod
+    def from_defaults(cls, defaults: Mapping[str, object], **overrides: object) -> SamplingParams:
+        """Parameters from a model's generation defaults (``generation_config.json``), then ``overrides``.
+
+        Only names of this class are taken; ``do_sample: false`` means temperature 0.
+        """
+        taken = {"temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty"}
+        values: dict[str, object] = {k: v for k, v in defaults.items() if k in taken and v is not None}
+        if defaults.get("do_sample") is False:
+            values["temperature"] = 0.0
+        known = {f.name for f in fields(cls)}
+        for name in overrides:
+            if name not in known:
+                raise SamplingError(f"{name!r} is not a sampling parameter; known are {', '.join(sorted(known))}")
+        return cls(**{**values, **overrides})  # type: ignore[arg-type]
+
+    def with_seed(self, seed: int) -> SamplingParams:
+        """These parameters with ``seed`` where they have none."""
+        return self if self.seed is not None else replace(self, seed=seed)
+
+
+def sampler_settings(
+    params: SamplingParams, *, sample_index: int, end_ids: Collection[int]
+) -> _native.SamplerSettings:
+    """The native sampler's form of ``params`` for output ``sample_index``; ``params.seed`` must be set."""
+    if params.seed is None:
+        raise ValueError("a request's seed must be chosen before its settings are made")
+    return _native.SamplerSettings(
+        temperature=params.temperature,
+        top_k=max(params.top_k, 0) if params.top_k < 2**31 else 0,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        typical_p=params.typical_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        sample_index=sample_index,
+        min_tokens=min(params.min_tokens, 2**31 - 1),
+        end_ids=sorted(end_ids),
+        bias_ids=list(params.logit_bias),
+        biases=list(params.logit_bias.values()),
+        logprobs=-1 if params.logprobs is None else params.logprobs,
+    )
+
+
+def _check_whole(name: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limits = f"{low} to {high}" if high is not None else f"at least {low}"
+        raise SamplingError(f"{name} is {value!r}; it must be a whole number, {limits}{' or None' if optional else ''}")
+
+
+def _check_real(name: str, value: object, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise SamplingError(f"{name} is {value!r}; it must be a number, {low:g} to {high:g}")

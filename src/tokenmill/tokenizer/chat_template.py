@@ -1,0 +1,308 @@
+"""Chat templates: a conversation becomes a prompt by the model's own Jinja program.
+
+Rendering follows `transformers` (``apply_chat_template``): the same environment, filters, functions and names, so that
+a prompt is the one the model was tuned on. Templates come with models, from strangers, so they run in Jinja's sandbox,
+see only plain data, and are bounded: in loop turns and calls, and in the size of what they build.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+import jinja2.utils
+
+from tokenmill.errors import TokenmillError
+
+MAX_STEPS = 2_000_000
+"""Loop turns and calls that one rendering may take."""
+MAX_CHARACTERS = 64 << 20
+"""Longest string, or list, that a template may build."""
+_MAX_WIDTH = 1 << 20
+"""Largest integer that a template may pass to a string method or filter (a padding width, a count)."""
+
+
+class ChatTemplateError(TokenmillError):
+    """A chat template that is missing, does not parse, refuses the conversation or fails on it."""
+
+
+class ChatTemplates:
+    """The chat templates of one model, by name. Safe to use from many threads at once."""
+
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        """``sources``: template text by name; a model with one template calls it ``default``. ``special_tokens``: what
+        templates read as ``bos_token``, ``eos_token`` and so on."""
+        self._sources = dict(sources)
+        self._special_tokens = dict(special_tokens)
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def names(self) -> list[str]:
+        return sorted(self._sources)
+
+    def source(self, name: str | None = None, with_tools: bool = False) -> str:
+        """The text of template ``name``. Without a name: ``tool_use`` if there is one and tools are given, else
+        ``default``."""
+        if name is None:
+            name = "tool_use" if with_tools and "tool_use" in self._sources else "default"
+            if name not in self._sources and len(self._sources) == 1:
+                name = next(iter(self._sources))
+        if name not in self._sources:
+            raise ChatTemplateError(f"no chat template is named {name!r}; this model has: {', '.join(self.names())}")
+        return self._sources[name]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text of ``messages``, each with a ``role`` and, mostly, a ``content``.
+
+        ``tools`` (JSON schemas), ``documents`` and ``kwargs`` (``enable_thinking=False``) reach the template as they
+        are. Content given as a list of ``{"type": "text", "text": ...}`` parts reaches templates that read parts; for
+        those that expect a string the parts are joined by newlines, and parts of another type are an error.
+        ``chat_template`` is the name of one of the model's templates. Keys whose value is None count as absent.
+        Raises ``ChatTemplateError``.
+        """
+        if not messages:
+            raise ChatTemplateError("the conversation is empty: give at least one message")
+        source = self.source(chat_template, with_tools=bool(tools))
+        template = self._compile(source)
+        conversation = [_plain_message(message, number) for number, message in enumerate(messages)]
+        if any(isinstance(message.get("content"), list) for message in conversation) and not _reads_parts(source):
+            conversation = [_joined_parts(message, number) for number, message in enumerate(conversation)]
+        names = {**self._special_tokens, **_plain(kwargs)}
+        try:
+            with _budget:
+                return template.render(
+                    messages=conversation,
+                    tools=_plain(tools),
+                    documents=_plain(documents),
+                    add_generation_prompt=add_generation_prompt,
+                    **names,
+                )
+        except jinja2.TemplateError as error:
+            raise ChatTemplateError(f"the chat template refuses the conversation: {error}") from error
+        except Exception as error:  # a template is a program: any operation in it can fail in its own way
+            raise ChatTemplateError(
+                f"the chat template fails on the conversation: {type(error).__name__}: {error}"
+            ) from error
+
+    def _compile(self, source: str) -> jinja2.Template:
+        template = self._compiled.get(source)
+        if template is None:
+            template = self._compiled[source] = _compile(source)
+        return template
+
+
+def _compile(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+    except Exception as error:  # nesting too deep for the parser, for one
+        raise ChatTemplateError(f"the chat template does not compile: {type(error).__name__}: {error}") from error
+
+
+def _plain_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    plain = _plain(message)
+    if not isinstance(plain, dict) or "role" not in plain:
+        raise ChatTemplateError(f'message {number} is no mapping with a "role": {message!r:.80}')
+    return {key: value for key, value in plain.items() if value is not None}
+
+
+def _joined_parts(message: dict[str, Any], number: int) -> dict[str, Any]:
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    texts: list[str] = []
+    for part in content:
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        if not isinstance(text, str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ChatTemplateError(f"message {number} has a content part of type {kind!r}; this model reads text only")
+        texts.append(text)
+    return {**message, "content": "\n".join(texts)}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` rebuilt from plain JSON types: objects have methods that the sandbox cannot judge."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if callable(dump := getattr(value, "model_dump", None)):  # pydantic
+        return _plain(dump())
+    raise ChatTemplateError(f"a {type(value).__name__} cannot be given to a chat template; give plain JSON values")
+
+
+@functools.lru_cache(maxsize=64)
+def _reads_parts(source: str) -> bool:
+    """Whether a template looks into lists of content parts: it loops over something called content, or asks for its
+    type."""
+    tree = _environment().parse(source)
+
+    def names_content(node: jinja2.nodes.Node) -> bool:
+        own = [node, *node.find_all((jinja2.nodes.Getattr, jinja2.nodes.Getitem, jinja2.nodes.Name))]
+        return any(
+            (isinstance(n, jinja2.nodes.Getattr) and n.attr == "content")
+            or (
+                isinstance(n, jinja2.nodes.Getitem)
+                and isinstance(n.arg, jinja2.nodes.Const)
+                and n.arg.value == "content"
+            )
+            or (isinstance(n, jinja2.nodes.Name) and n.name == "content")
+            for n in own
+        )
+
+    return any(names_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For)) or any(
+        test.name in ("string", "iterable", "sequence") and names_content(test.node)
+        for test in tree.find_all(jinja2.nodes.Test)
+    )
+
+
+class _Budget(threading.local):
+    """Counts the steps of the rendering that runs on this thread."""
+
+    left = 0
+
+    def __enter__(self) -> None:
+        self.left = MAX_STEPS
+
+    def __exit__(self, *_: object) -> None:
+        self.left = 0
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+
+_budget = _Budget()
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARACTERS:
+        raise jinja2.sandbox.SecurityError(f"it builds more than {MAX_CHARACTERS:,} characters")
+    return value
+
+
+def _check_widths(arguments: Sequence[Any]) -> None:
+    for argument in arguments:
+        if isinstance(argument, int) and abs(argument) > _MAX_WIDTH:
+            raise jinja2.sandbox.SecurityError(f"it pads or repeats text {argument:,} times")
+
+
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox with bounds on work and size."""
+
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(jinja2.nodes.For):  # each turn of each loop counts
+            step = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("count_step"), [], [], None, None)
+            loop.body.insert(0, jinja2.nodes.ExprStmt(step).set_lineno(loop.lineno))
+        return tree
+
+    def count_step(self) -> None:
+        """A loop's turn; the call itself is what counts."""
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        _budget.step()
+        if isinstance(getattr(obj, "__self__", None), str):
+            _check_widths(args)
+        return _bounded(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        _budget.step()
+        sizes = [len(side) if isinstance(side, (str, list, tuple)) else 0 for side in (left, right)]
+        numbers = [side if isinstance(side, int) else 0 for side in (left, right)]
+        too_large = (
+            (operator == "+" and sum(sizes) > MAX_CHARACTERS)
+            or (operator == "*" and sizes[0] * numbers[1] + sizes[1] * numbers[0] > MAX_CHARACTERS)
+            or (operator == "*" and sum(number.bit_length() for number in numbers) > 4096)
+            or (operator == "**" and numbers[0].bit_length() * abs(numbers[1]) > 4096)
+            or (operator == "%" and isinstance(left, str))
+        )
+        if too_large:
+            raise jinja2.sandbox.SecurityError(f"operator {operator} builds too large a value")
+        return super().call_binop(context, operator, left, right)
+
+
+def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # keeps the marks that say whether a filter wants the context
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        _budget.step()
+        _check_widths(args[1:])
+        _check_widths(tuple(kwargs.values()))
+        return _bounded(function(*args, **kwargs))
+
+    return bounded
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` marks, for training, what the assistant wrote; a prompt has its contents as they are."""
+
+    tags = {"generation"}  # noqa: RUF012  jinja2 declares it as an instance attribute
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Dict:
+    """``dict`` for templates: only the call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it reads; Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@functools.cache
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.filters = {name: _bounded_filter(function) for name, function in environment.filters.items()}
+    environment.globals.update(
+        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=jinja2.utils.Namespace
+    )
+    return environment

@@ -1,0 +1,213 @@
+"""The tokenizer of one model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+
+from tokenmill.errors import TokenmillError, UsageError
+from tokenmill.tokenizer.chat_template import ChatTemplateError, ChatTemplates
+from tokenmill.tokenizer.detokenizer import IncrementalDetokenizer
+
+
+class TokenizerError(TokenmillError):
+    """Text that cannot be tokenized, or ids that are none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerParts:
+    """What a reader of tokenizer files hands over."""
+
+    backend: tokenizers.Tokenizer
+    """Normalizer, pre-tokenizer, model and added tokens. Its post-processor is not used: ``prefix`` and ``suffix``."""
+    token_bytes: Callable[[int], bytes]
+    """The bytes of any id of the vocabulary; empty for an id that pads it."""
+    vocab_size: int
+    special_ids: frozenset[int]
+    """Control tokens: recognised in text only when asked for, left out of decoded text."""
+    prefix: tuple[int, ...]
+    """Ids that ``add_special`` puts before the text, BOS for most models that have one."""
+    suffix: tuple[int, ...]
+    bos_id: int | None
+    eos_id: int | None
+    eot_id: int | None
+    pad_id: int | None
+    unk_id: int | None
+    eos_ids: frozenset[int]
+    leading_spaces: int
+    """How many spaces the normalizer puts before the text (0 or 1), taken off again by decoding."""
+    chat_templates: ChatTemplates | None
+
+
+class Tokenizer:
+    """Text to token ids and back, for one model. Safe to use from many threads at once.
+
+    Text is a Python string. One with lone surrogates is no Unicode text, has no UTF-8 and is refused.
+    Decoding is defined by bytes: the text of a sequence is the joined bytes of its tokens as UTF-8, with U+FFFD for
+    what is not UTF-8.
+    """
+
+    def __init__(self, parts: TokenizerParts) -> None:
+        self._parts = parts
+        self._parsing = parts.backend
+        self._plain: tokenizers.Tokenizer | None = None
+        self._plain_lock = threading.Lock()
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; all lie in ``range(vocab_size)``. A model may have more rows than that (padding)."""
+        return self._parts.vocab_size
+
+    @property
+    def bos_id(self) -> int | None:
+        """Beginning of sequence; ``None`` if the model has none."""
+        return self._parts.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end-of-sequence token the metadata names; ``None`` if it names none. Generation stops at ``eos_ids``."""
+        return self._parts.eos_id
+
+    @property
+    def eot_id(self) -> int | None:
+        """The end of a chat turn, where the metadata names it or the vocabulary has an established one."""
+        return self._parts.eot_id
+
+    @property
+    def pad_id(self) -> int | None:
+        """Padding; ``None`` if the model has none."""
+        return self._parts.pad_id
+
+    @property
+    def unk_id(self) -> int | None:
+        """The token for text that the vocabulary cannot spell; ``None`` if the model has none."""
+        return self._parts.unk_id
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends an answer: of the document, of the turn, of the message."""
+        return self._parts.eos_ids
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens; ``decode(skip_special=True)`` leaves them out."""
+        return self._parts.special_ids
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """The token ids of ``text``.
+
+        ``add_special`` adds the tokens that the model wants around a text (usually BOS before it). With
+        ``parse_special`` the text of a control token, ``<|im_end|>`` say, becomes that token; without it, ordinary
+        tokens that spell it, which is what text from a stranger deserves. Added tokens that are not control tokens
+        (``<think>``, runs of spaces) are recognised either way.
+
+        Raises ``TokenizerError`` for a lone surrogate, naming its place.
+        """
+        backend = self._parsing if parse_special else self._without_parsing()
+        try:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise _not_text(text) from error
+        return [*self._parts.prefix, *ids, *self._parts.suffix] if add_special else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+        """The text of ``ids``; control tokens are left out with ``skip_special`` and written out without it."""
+        skip = self._parts.special_ids if skip_special else frozenset()
+        data = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skip])
+        for _ in range(self._parts.leading_spaces):
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token, which need not be whole characters; control tokens give their text, ids that only
+        pad the vocabulary give nothing. Raises ``TokenizerError`` for a negative id."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            if token_id < 0:
+                raise TokenizerError(f"token id {token_id} is negative; ids lie in 0..{self.vocab_size - 1}")
+            data = self._bytes[token_id] = self._parts.token_bytes(token_id)
+        return data
+
+    def detokenizer(self, skip_special: bool = True, continues: bool = False) -> IncrementalDetokenizer:
+        """A new incremental detokenizer. ``continues`` says that its ids continue a text (a completion after its
+        prompt), so that a leading space is part of the text and stays."""
+        skip = self._parts.special_ids if skip_special else frozenset[int]()
+        return IncrementalDetokenizer(self.token_bytes, skip, 0 if continues else self._parts.leading_spaces)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the default chat template; ``None`` if the model has none."""
+        return None if self._parts.chat_templates is None else self._parts.chat_templates.source()
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The prompt text of a conversation; see ``ChatTemplates.render``."""
+        if self._parts.chat_templates is None:
+            raise ChatTemplateError(
+                "this model has no chat template: give it a plain prompt, or use a model tuned for chat"
+            )
+        return self._parts.chat_templates.render(
+            messages, tools, documents, add_generation_prompt, chat_template, **kwargs
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prompt ids of a conversation. The tokens that belong before a text (BOS) are there exactly once,
+        whether or not the template writes them; none are added at the end."""
+        text = self.apply_chat_template(messages, tools, documents, add_generation_prompt, chat_template, **kwargs)
+        ids = self.encode(text, add_special=False)
+        prefix = list(self._parts.prefix)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def _without_parsing(self) -> tokenizers.Tokenizer:
+        """A second front on the same model that takes the text of control tokens as text. Whether a `tokenizers`
+        tokenizer does so is a switch on the object, and throwing it for one call would hit every thread's calls."""
+        with self._plain_lock:
+            if self._plain is None:
+                self._plain = _share_without_parsing(self._parsing)
+            return self._plain
+
+
+def _share_without_parsing(parsing: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    plain = tokenizers.Tokenizer(parsing.model)  # shares the vocabulary and the merges
+    if parsing.normalizer is not None:
+        plain.normalizer = parsing.normalizer
+    if parsing.pre_tokenizer is not None:
+        plain.pre_tokenizer = parsing.pre_tokenizer
+    added = parsing.get_added_tokens_decoder()
+    plain.add_tokens([added[token_id] for token_id in sorted(added)])
+    if plain.get_added_tokens_decoder() != added:  # ids with gaps; only a full copy keeps them
+        plain = tokenizers.Tokenizer.from_str(parsing.to_str())
+    plain.encode_special_tokens = True
+    return plain
+
+
+def _not_text(text: str) -> TokenmillError:
+    if not isinstance(text, str):
+        return UsageError(f"expected a string to tokenize, got {type(text).__name__}")
+    for place, character in enumerate(text):
+        if "\ud800" <= character <= "\udfff":
+            return TokenizerError(
+                f"the text has a lone surrogate U+{ord(character):04X} at character {place}: it is not Unicode text; "
+                "decode the source as UTF-8 or replace it first"
+            )
+    return TokenizerError("the text cannot be encoded as UTF-8")

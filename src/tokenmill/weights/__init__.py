@@ -1,0 +1,1 @@
+"""Checkpoints, tensor formats, packing and the build cache."""

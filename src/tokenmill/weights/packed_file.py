@@ -1,0 +1,218 @@
+"""The build cache's file: packed weights in a safetensors container, written once and mapped ever after.
+
+Each weight is one tensor at a multiple of 64 bytes (matrices as U8 in the kernels' layout, vectors as F32; the format
+allows no holes, so tensors named ``padding.*`` fill them). The file's metadata holds ``key``, which says what was
+packed from what, ``digests``, a BLAKE2b digest of each weight, and ``stamp``, the modification time given to the
+finished file: while it stands, nobody has written to the file since, and the digests need no check.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokenmill.errors import ModelFileError
+from tokenmill.weights.formats import UInt8
+from tokenmill.weights.mapped_file import MappedFile
+from tokenmill.weights.safetensors import HeaderEntry, parse_json, read_header
+
+ALIGNMENT = 64
+_DIGEST_BYTES = 32
+_STAMP_DIGITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEntry:
+    """A weight of the file, ``nbytes`` long at ``offset`` from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayout:
+    """Where each weight lies. The same offsets serve the file's data and a copy in memory."""
+
+    entries: dict[str, PackedEntry]
+    paddings: tuple[PackedEntry, ...]
+    nbytes: int
+
+    @staticmethod
+    def of(weights: Sequence[tuple[str, str, tuple[int, ...], int]]) -> PackedLayout:
+        """Lays out (name, dtype, shape, bytes) one after the other."""
+        entries: dict[str, PackedEntry] = {}
+        paddings: list[PackedEntry] = []
+        position = 0
+        for name, dtype, shape, nbytes in weights:
+            if gap := -position % ALIGNMENT:
+                paddings.append(PackedEntry(f"padding.{len(paddings)}", "U8", (gap,), position, gap))
+                position += gap
+            entries[name] = PackedEntry(name, dtype, shape, position, nbytes)
+            position += nbytes
+        return PackedLayout(entries, tuple(paddings), position)
+
+    def header(self, key: str, digests: dict[str, str], stamp: int) -> bytes:
+        """The file's first bytes up to the data; their length depends on the layout and the key alone."""
+        tensors = {
+            entry.name: {
+                "dtype": entry.dtype,
+                "shape": entry.shape,
+                "data_offsets": (entry.offset, entry.offset + entry.nbytes),
+            }
+            for entry in (*self.entries.values(), *self.paddings)
+        }
+        metadata = {
+            "key": key,
+            "digests": json.dumps({name: digests.get(name, "0" * 2 * _DIGEST_BYTES) for name in self.entries}),
+            "stamp": f"{stamp:0{_STAMP_DIGITS}d}",
+        }
+        header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
+        header += b" " * (-(8 + len(header)) % ALIGNMENT)
+        return struct.pack("<Q", len(header)) + header
+
+
+class PackedFileWriter:
+    """Writes a packed file beside ``path`` and moves it there when it is complete and on disk.
+
+    A context manager: leaving it without :meth:`finish` removes what was written. Methods raise OSError, above all when
+    the disk is full, which the preallocation in ``__enter__`` finds out first where the file system can tell.
+    """
+
+    def __init__(self, path: Path, layout: PackedLayout, key: str) -> None:
+        self._path = path
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._layout = layout
+        self._key = key
+        self._data_start = len(layout.header(key, {}, 0))
+        self._hashes = {name: hashlib.blake2b(digest_size=_DIGEST_BYTES) for name in layout.entries}
+        self._descriptor = -1
+
+    def __enter__(self) -> PackedFileWriter:
+        self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            os.posix_fallocate(self._descriptor, 0, self._data_start + self._layout.nbytes)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def write(self, name: str, offset: int, part: UInt8) -> None:
+        """Writes the next part of a weight; parts come in order."""
+        # Not through a mapping, whose dirty pages would count as this process's memory until they are on disk.
+        self._hashes[name].update(part.data)
+        self._write_at(self._data_start + self._layout.entries[name].offset + offset, part.data)
+
+    def finish(self) -> None:
+        """Makes the file durable and visible under its name."""
+        stamp = int(time.time()) * 1_000_000_000
+        digests = {name: hash_.hexdigest() for name, hash_ in self._hashes.items()}
+        self._write_at(0, memoryview(self._layout.header(self._key, digests, stamp)))
+        os.utime(self._descriptor, ns=(stamp, stamp))
+        os.fsync(self._descriptor)
+        os.replace(self._partial, self._path)
+        folder = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        self._partial.unlink(missing_ok=True)
+
+    def _write_at(self, offset: int, data: memoryview) -> None:
+        while data:
+            written = os.pwrite(self._descriptor, data, offset)
+            data, offset = data[written:], offset + written
+
+
+def open_packed(path: Path, layout: PackedLayout, key: str, verify: bool) -> PackedStore | None:
+    """Maps a packed file; None if there is none for this key.
+
+    Header and length are always checked. So are the digests if ``verify``, or if the file was written to, copied or
+    touched since it was finished. Raises ModelFileError naming the damage.
+    """
+    if not path.exists():
+        return None
+    file = MappedFile(path)
+    try:
+        entries, metadata = read_header(file)
+        if metadata.get("key") != key:
+            file.close()
+            return None
+        data_start = len(layout.header(key, {}, 0))
+        for expected in layout.entries.values():
+            place = HeaderEntry(expected.dtype, expected.shape, data_start + expected.offset, expected.nbytes)
+            if entries.get(expected.name) != place:
+                raise ModelFileError(path, f"does not hold {expected.name!r} where it belongs")
+        stamp = metadata.get("stamp", "")
+        if len(stamp) != _STAMP_DIGITS or not (stamp.isascii() and stamp.isdigit()):
+            raise ModelFileError(path, "has no stamp")
+        untouched = int(stamp) == file.status.st_mtime_ns
+        if verify or not untouched:
+            _verify_digests(file, layout, data_start, metadata.get("digests", ""))
+        if not untouched:
+            with contextlib.suppress(OSError):  # a read-only cache is verified at each start
+                os.utime(path, ns=(int(stamp), int(stamp)))
+    except BaseException:
+        file.close()
+        raise
+    return PackedStore(layout, file.data, data_start)
+
+
+def _verify_digests(file: MappedFile, layout: PackedLayout, data_start: int, recorded: str) -> None:
+    try:
+        digests = parse_json(recorded.encode())
+    except ValueError:
+        digests = None
+    if not isinstance(digests, dict):
+        raise ModelFileError(file.path, "has no digests of its weights")
+    for entry in layout.entries.values():
+        begin = data_start + entry.offset
+        actual = hashlib.blake2b(file.view(begin, entry.nbytes).data, digest_size=_DIGEST_BYTES).hexdigest()
+        file.release(begin, entry.nbytes)
+        if digests.get(entry.name) != actual:
+            raise ModelFileError(file.path, f"has damaged data in {entry.name!r}")
+
+
+class PackedStore:
+    """The data of a layout in memory: a mapped file (read-only), or private pages."""
+
+    def __init__(self, layout: PackedLayout, data: mmap.mmap, data_start: int) -> None:
+        self.layout = layout
+        self._data: mmap.mmap | None = data
+        self._data_start = data_start
+
+    @staticmethod
+    def in_memory(layout: PackedLayout) -> PackedStore:
+        """Zeroed pages, allocated when touched. Raises MemoryError or OSError if there is no address space."""
+        data = mmap.mmap(-1, max(layout.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            data.madvise(mmap.MADV_HUGEPAGE)
+        return PackedStore(layout, data, 0)
+
+    def view(self, name: str) -> UInt8:
+        """The bytes of a weight, 64-byte aligned. Raises KeyError for an unknown name, ValueError once closed."""
+        if self._data is None:
+            raise ValueError("the weights are closed")
+        entry = self.layout.entries[name]
+        return np.frombuffer(self._data, dtype=np.uint8, count=entry.nbytes, offset=self._data_start + entry.offset)
+
+    def close(self) -> None:
+        """Drops the mapping; it goes when the last view does."""
+        self._data = None
