@@ -271,7 +271,8 @@ class EngineCore:
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
         if status == _NOTHING_ALLOWED:
-            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity"
+            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
+            error += "Bias or mask fewer tokens"
         else:
             error = "the model's logits hold NaN or infinity"
             if isinstance(self._backend, Diagnoses):
