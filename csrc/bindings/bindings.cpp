@@ -25,6 +25,9 @@ Isa isa_from_name(const std::string& name) {
 
 void bind_roofline(nb::module_& m);
 void bind_sampler(nb::module_& m);
+void bind_executor(nb::module_& m);
+void bind_pointwise(nb::module_& m);
+void bind_thread_pool(nb::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Tokenmill's CPU kernels and program executor.";
@@ -41,4 +44,7 @@ NB_MODULE(_native, m) {
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
   bind_roofline(m);
   bind_sampler(m);
+  bind_thread_pool(m);
+  bind_pointwise(m);
+  bind_executor(m);
 }
