@@ -26,6 +26,7 @@ Isa isa_from_name(const std::string& name) {
 void bind_executor(nb::module_& m);
 void bind_pointwise(nb::module_& m);
 void bind_thread_pool(nb::module_& m);
+void bind_linear(nb::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Tokenmill's CPU kernels and program executor.";
@@ -43,4 +44,5 @@ NB_MODULE(_native, m) {
   bind_thread_pool(m);
   bind_pointwise(m);
   bind_executor(m);
+  bind_linear(m);
 }
