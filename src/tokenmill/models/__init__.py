@@ -14,14 +14,20 @@ from tokenmill.models.architecture import (
     TensorSlice,
     hf_prefix,
 )
+from tokenmill.models.gemma2 import GEMMA2
+from tokenmill.models.gemma3 import GEMMA3
 from tokenmill.models.hyperparameters import Hyperparameters, ModelConfigError, ReadVector, Source
 from tokenmill.models.llama import LLAMA
+from tokenmill.models.mistral import MISTRAL
+from tokenmill.models.phi3 import PHI3
+from tokenmill.models.qwen2 import QWEN2
+from tokenmill.models.qwen3 import QWEN3
 from tokenmill.program.program import Program
 from tokenmill.program.recorder import Recorder
 
 __all__ = ["ARCHITECTURES", "BoundModel", "ModelConfig", "ModelConfigError", "TensorSlice", "bind"]
 
-ARCHITECTURES: tuple[Architecture, ...] = (LLAMA,)
+ARCHITECTURES: tuple[Architecture, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3)
 
 
 def bind(

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenmill.errors import UnsupportedModelError
 from tokenmill.models.hyperparameters import Hyperparameters, ModelConfigError, Source
-from tokenmill.models.rope import gguf_rotation, hf_rotation
+from tokenmill.models.rope import DEFAULT_THETA, gguf_rotation, hf_parameters, hf_rotation
 from tokenmill.program.ops import Activation, RopeStyle
 from tokenmill.program.program import Program
 from tokenmill.program.recorder import Recorder, Rotation
@@ -221,14 +221,9 @@ def decoder_config(p: Hyperparameters, gguf_style: RopeStyle = RopeStyle.HALF, *
     layers = p.integer("block_count", "num_hidden_layers")
     hidden = p.integer("embedding_length", "hidden_size")
     heads = p.integer("attention.head_count", "num_attention_heads")
-    head_dim = p.integer(
-        "attention.key_length", "head_dim", family.pop("head_dim", None) or _head_size(p, hidden, heads)
-    )
-    if p.integer("attention.value_length", None, head_dim) != head_dim:
-        raise UnsupportedModelError("attention.value_length differs from attention.key_length")
+    head_dim = family.get("head_dim") or head_size(p)
     if "rotation" not in family:
-        gguf = p.source == "gguf"
-        family["rotation"] = gguf_rotation(p, head_dim, gguf_style) if gguf else hf_rotation(p, head_dim)
+        family["rotation"] = default_rotation(p, head_dim, gguf_style)
     common: dict[str, Any] = {
         "vocab_size": p.shape(embedding_tensor(p))[0],
         "hidden_size": hidden,
@@ -249,11 +244,26 @@ def decoder_config(p: Hyperparameters, gguf_style: RopeStyle = RopeStyle.HALF, *
     return config
 
 
-def _head_size(p: Hyperparameters, hidden: int, heads: int) -> int:
-    if hidden % heads:
-        key = p.key("attention.head_count", "num_attention_heads")
-        raise ModelConfigError(f"{key} {heads} does not divide the hidden size {hidden}, and no head size is given")
-    return hidden // heads
+def head_size(p: Hyperparameters, default: int | None = None) -> int:
+    """Elements of a head: as stated, else ``default``, else the hidden size split evenly."""
+    if default is None and not p.value("attention.key_length", "head_dim"):
+        hidden = p.integer("embedding_length", "hidden_size")
+        heads = p.integer("attention.head_count", "num_attention_heads")
+        if hidden % heads:
+            key = p.key("attention.head_count", "num_attention_heads")
+            raise ModelConfigError(f"{key} {heads} does not divide the hidden size {hidden}, and no head size is given")
+        default = hidden // heads
+    head_dim = p.integer("attention.key_length", "head_dim", default)
+    if p.integer("attention.value_length", None, head_dim) != head_dim:
+        raise UnsupportedModelError("attention.value_length differs from attention.key_length")
+    return head_dim
+
+
+def default_rotation(p: Hyperparameters, head_dim: int, gguf_style: RopeStyle) -> Rotation:
+    """The RoPE of a family that has one kind for all layers."""
+    if p.source == "gguf":
+        return gguf_rotation(p, head_dim, gguf_style)
+    return hf_rotation(p, head_dim, hf_parameters(p), p.number(None, "rope_theta", DEFAULT_THETA))
 
 
 def hf_prefix(p: Hyperparameters) -> str:

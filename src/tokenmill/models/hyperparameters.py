@@ -62,6 +62,17 @@ class Hyperparameters:
         key = self.key(gguf, hf)
         return None if key is None else self._metadata.get(key)
 
+    def has(self, gguf: str | None, hf: str | None) -> bool:
+        """Whether the key is there, null included."""
+        key = self.key(gguf, hf)
+        return key is not None and key in self._metadata
+
+    def refuse(self, hf: str, why: str) -> None:
+        """Raises UnsupportedModelError if config.json sets ``hf`` to anything but null or false."""
+        value = self.value(None, hf)
+        if value is not None and value is not False:
+            raise UnsupportedModelError(f"{hf} is {value!r}: {why}")
+
     def integer(self, gguf: str | None, hf: str | None, default: int | None = None, least: int = 1) -> int:
         """An integer of at least ``least``; a list with one value per layer is accepted if all are equal."""
         key, value = self._found(gguf, hf, default)
@@ -84,8 +95,10 @@ class Hyperparameters:
         key, value = self._found(gguf, hf, default)
         return positive(key, value)
 
-    def optional_number(self, gguf: str | None, hf: str | None) -> float | None:
-        """A positive finite number, or None if the key is missing, null or 0."""
+    def optional_number(self, gguf: str | None, hf: str | None, default: float | None = None) -> float | None:
+        """A positive finite number; None if the key is null or 0; ``default`` if it is missing."""
+        if not self.has(gguf, hf):
+            return default
         value = self.value(gguf, hf)
         return None if value is None or value == 0 else self.number(gguf, hf)
 

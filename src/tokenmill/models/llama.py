@@ -6,10 +6,15 @@ scaling). GGUF files store q and k with permuted rows, so that pairs of *neighbo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tokenmill.models.architecture import Architecture, ModelConfig, biased_linears, decoder_config
 from tokenmill.models.hyperparameters import Hyperparameters
 from tokenmill.program.ops import Activation, RopeStyle, Value
 from tokenmill.program.recorder import Recorder
+
+AttentionBlock = Callable[[ModelConfig, Recorder, Value, int], Value]
+"""Describes a layer's attention, from its normalised input to its output projection."""
 
 
 def configure(p: Hyperparameters) -> ModelConfig:
@@ -25,6 +30,11 @@ def configure(p: Hyperparameters) -> ModelConfig:
 
 
 def describe(c: ModelConfig, r: Recorder) -> None:
+    """The network."""
+    decoder(c, r, attention)
+
+
+def decoder(c: ModelConfig, r: Recorder, attention: AttentionBlock) -> None:
     """Pre-norm decoder: attention and a gated MLP on a residual stream."""
     x = r.embed("token_embedding", c.hidden_size)
     for layer in range(c.layers):

@@ -85,16 +85,12 @@ def longrope_magnitude(factor: float, trained: int) -> float:
     return math.sqrt(1.0 + math.log(factor) / math.log(trained)) if factor > 1.0 else 1.0
 
 
-def gguf_rotation(p: Hyperparameters, head_dim: int, style: RopeStyle, theta: float | None = None) -> Rotation:
-    """The RoPE that GGUF metadata and the tensors ``rope_freqs`` or ``rope_factors_*`` describe.
-
-    With ``theta`` only that base counts: no scaling (Gemma 3's local layers).
-    """
-    rotary_dim = p.integer("rope.dimension_count", None, head_dim)
-    _check_rotary_dim("rope.dimension_count", rotary_dim, head_dim)
-    if theta is not None:
-        return Rotation(plain(theta, rotary_dim), style)
-    theta = p.number("rope.freq_base", None, DEFAULT_THETA)
+def gguf_rotation(
+    p: Hyperparameters, head_dim: int, style: RopeStyle, default_theta: float = DEFAULT_THETA
+) -> Rotation:
+    """The RoPE that GGUF metadata and the tensors ``rope_freqs`` or ``rope_factors_*`` describe."""
+    rotary_dim = gguf_rotary_dim(p, head_dim)
+    theta = p.number("rope.freq_base", None, default_theta)
     frequencies = plain(theta, rotary_dim)
     context = p.integer("context_length", None)
     trained = p.integer("rope.scaling.original_context_length", None, context)
@@ -102,8 +98,7 @@ def gguf_rotation(p: Hyperparameters, head_dim: int, style: RopeStyle, theta: fl
         frequencies = _divided(frequencies, p.vector("rope_freqs.weight", rotary_dim // 2))
     kind = p.value("rope.scaling.type", None)
     if "rope_factors_long.weight" in p.tensors or kind == "longrope":
-        length = p.max_length or context
-        which = "long" if length > trained else "short"
+        which = "long" if (p.max_length or context) > trained else "short"
         factors = p.vector(f"rope_factors_{which}.weight", rotary_dim // 2)
         magnitude = p.number("rope.scaling.attn_factor", None, longrope_magnitude(context / trained, trained))
         return Rotation(_divided(frequencies, factors), style, magnitude)
@@ -118,66 +113,66 @@ def gguf_rotation(p: Hyperparameters, head_dim: int, style: RopeStyle, theta: fl
             fast = p.number("rope.scaling.yarn_beta_fast", None, 32.0)
             slow = p.number("rope.scaling.yarn_beta_slow", None, 1.0)
             magnitude = p.number("rope.scaling.attn_factor", None, 1.0) * yarn_magnitude(factor)
-            return Rotation(yarn(frequencies, theta, factor, trained, beta_fast=fast, beta_slow=slow), style, magnitude)
+            scaled = yarn(frequencies, theta, factor, trained, beta_fast=fast, beta_slow=slow)
+            return Rotation(scaled, style, magnitude)
     raise UnsupportedModelError(f"rope.scaling.type is {kind!r}; known: none, linear, yarn, longrope")
 
 
-def hf_rotation(
-    p: Hyperparameters, head_dim: int, layer_type: str | None = None, theta: float = DEFAULT_THETA
-) -> Rotation:
-    """The RoPE that a config.json describes: ``rope_parameters``, or ``rope_theta`` with ``rope_scaling``.
+def gguf_rotary_dim(p: Hyperparameters, head_dim: int) -> int:
+    """How many elements of each head rotate."""
+    rotary_dim = p.integer("rope.dimension_count", None, head_dim)
+    _check_rotary_dim("rope.dimension_count", rotary_dim, head_dim)
+    return rotary_dim
 
-    ``layer_type`` picks the entry where ``rope_parameters`` has one for each type of layer. ``theta`` is the family's
-    default base.
-    """
-    parameters = _hf_parameters(p, layer_type)
-    theta = _number(parameters, "rope_theta", p.number(None, "rope_theta", theta))
+
+def hf_parameters(p: Hyperparameters) -> Mapping[str, Any]:
+    """The object that describes RoPE: ``rope_parameters``, or ``rope_scaling`` of older files; may be empty."""
+    parameters = p.value(None, "rope_parameters") or p.value(None, "rope_scaling") or {}
+    if not isinstance(parameters, Mapping):
+        raise ModelConfigError(f"rope_parameters is {parameters!r}, must be an object")
+    return parameters
+
+
+def hf_rotation(p: Hyperparameters, head_dim: int, parameters: Mapping[str, Any], theta: float) -> Rotation:
+    """The RoPE that ``parameters`` of a config.json describes; ``theta`` is the base where it states none."""
+    theta = _number(parameters, "rope_theta", theta)
     partial = _number(parameters, "partial_rotary_factor", p.number(None, "partial_rotary_factor", 1.0))
     rotary_dim = int(head_dim * partial)
-    _check_rotary_dim("partial_rotary_factor times head_dim", rotary_dim, head_dim)
+    _check_rotary_dim("partial_rotary_factor times the head size", rotary_dim, head_dim)
     frequencies = plain(theta, rotary_dim)
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
-        return Rotation(frequencies, RopeStyle.HALF)
-
     position = p.integer(None, "max_position_embeddings")
+    length = p.max_length or position
     stored = _number(parameters, "original_max_position_embeddings", float(position))
     trained = p.integer(None, "original_max_position_embeddings", int(stored))
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    magnitude = 1.0
     match kind:
+        case "default":
+            pass
         case "linear":
-            return Rotation(linear(frequencies, _number(parameters, "factor")), RopeStyle.HALF)
+            frequencies = linear(frequencies, _number(parameters, "factor"))
         case "dynamic":
-            factor, length = _number(parameters, "factor"), p.max_length or position
-            return Rotation(dynamic_ntk(theta, rotary_dim, factor, position, length), RopeStyle.HALF)
+            frequencies = dynamic_ntk(theta, rotary_dim, _number(parameters, "factor"), position, length)
         case "llama3":
-            factor = _number(parameters, "factor")
             low, high = _number(parameters, "low_freq_factor"), _number(parameters, "high_freq_factor")
             if low >= high:
                 raise ModelConfigError(f"low_freq_factor {low} of the RoPE must be below high_freq_factor {high}")
-            return Rotation(llama3(frequencies, factor, low, high, trained), RopeStyle.HALF)
+            frequencies = llama3(frequencies, _number(parameters, "factor"), low, high, trained)
         case "yarn":
             factor = _number(parameters, "factor", position / trained)
             fast, slow = _number(parameters, "beta_fast", 32.0), _number(parameters, "beta_slow", 1.0)
             truncate = bool(parameters.get("truncate", True))
-            scaled = yarn(frequencies, theta, factor, trained, beta_fast=fast, beta_slow=slow, truncate=truncate)
-            return Rotation(scaled, RopeStyle.HALF, _hf_yarn_magnitude(parameters, factor))
+            frequencies = yarn(frequencies, theta, factor, trained, beta_fast=fast, beta_slow=slow, truncate=truncate)
+            magnitude = _hf_yarn_magnitude(parameters, factor)
         case "longrope":
-            length = p.max_length or position
-            name = "long_factor" if length > trained else "short_factor"
-            factor = _number(parameters, "factor", position / trained)
-            magnitude = _number(parameters, "attention_factor", longrope_magnitude(factor, trained))
-            factors = _factors(parameters, name, rotary_dim // 2)
-            return Rotation(_divided(frequencies, factors), RopeStyle.HALF, magnitude)
-    raise UnsupportedModelError(f"rope_type is {kind!r}; known: default, linear, dynamic, llama3, yarn, longrope")
-
-
-def _hf_parameters(p: Hyperparameters, layer_type: str | None) -> Mapping[str, Any]:
-    parameters = p.value(None, "rope_parameters") or p.value(None, "rope_scaling") or {}
-    if isinstance(parameters, Mapping) and layer_type is not None and layer_type in parameters:
-        parameters = parameters[layer_type] or {}
-    if not isinstance(parameters, Mapping):
-        raise ModelConfigError(f"rope_parameters is {parameters!r}, must be an object")
-    return parameters
+            factors = _factors(parameters, "long_factor" if length > trained else "short_factor", rotary_dim // 2)
+            frequencies = _divided(frequencies, factors)
+            default = longrope_magnitude(_number(parameters, "factor", position / trained), trained)
+            magnitude = _number(parameters, "attention_factor", default)
+        case _:
+            known = "default, linear, dynamic, llama3, yarn, longrope"
+            raise UnsupportedModelError(f"rope_type is {kind!r}; known: {known}")
+    return Rotation(frequencies, RopeStyle.HALF, magnitude)
 
 
 def _hf_yarn_magnitude(parameters: Mapping[str, Any], factor: float) -> float:
