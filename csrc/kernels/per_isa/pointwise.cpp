@@ -74,9 +74,9 @@ TM_INLINE F32x16 gelu_tanh(F32x16 x) {
   return div(x, add(set1(1.0f), exp(mul(inner, set1(-1.5957691216057308f)))));
 }
 
-// x times the normal distribution function: half of erfc(-x / sqrt(2)), by its positive branch.
+// x times the normal distribution function.
 TM_INLINE F32x16 gelu(F32x16 x) {
-  const F32x16 tail = mul(set1(0.5f), erfc_positive(mul(abs(x), set1(0.7071067811865476f))));
+  const F32x16 tail = normal_tail(abs(x));
   return mul(x, select_less(x, zero_f32(), tail, sub(set1(1.0f), tail)));
 }
 
