@@ -32,7 +32,7 @@ logger = logging.getLogger("tokenmill.weights")
 
 ROW_BLOCK = 16
 """Rows that are packed together; parts of a matrix are whole row blocks, which lie one after the other."""
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Packed bytes of one part at most (one row block at least)."""
 
 
