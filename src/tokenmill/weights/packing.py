@@ -282,7 +282,7 @@ class _Load:
     def in_memory(self) -> PackedWeights:
         store = PackedStore.in_memory(self.layout)
         done = 0
-        for weight in self.plan.values():
+        for weight in self.prefetched():
             out = store.view(weight.name)
             for first, last, offset, nbytes in _parts(weight):
                 self.pack(weight, first, last, out[offset : offset + nbytes])
@@ -297,7 +297,7 @@ class _Load:
         written: list[Future[None]] = []
         done = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenmill-cache") as pool:
-            for weight in self.plan.values():
+            for weight in self.prefetched():
                 for first, last, offset, nbytes in _parts(weight):
                     if len(written) >= 2:
                         written[-2].result()  # its buffer is the one used next
@@ -308,6 +308,14 @@ class _Load:
                     self.progress(LoadProgress("packing", done, self.layout.nbytes))
             for future in written[-2:]:
                 future.result()
+
+    def prefetched(self) -> Iterator[PlannedWeight]:
+        """The weights in order, each after the kernel was asked to read the next one's tensor."""
+        weights = list(self.plan.values())
+        for weight, following in zip(weights, [*weights[1:], None], strict=True):
+            if following is not None:
+                self.checkpoint.prefetch(following.tensor)
+            yield weight
 
     def pack(self, weight: PlannedWeight, first: int, last: int, out: UInt8) -> None:
         """Packs rows [first, last) of a weight into ``out`` and gives the source's pages back."""
