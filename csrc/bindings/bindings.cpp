@@ -23,6 +23,8 @@ Isa isa_from_name(const std::string& name) {
 
 }  // namespace
 
+void bind_linear(nb::module_& m);
+
 NB_MODULE(_native, m) {
   m.doc() = "Tokenmill's CPU kernels and program executor.";
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); }, "Name of the instruction-set path in use.");
@@ -36,4 +38,5 @@ NB_MODULE(_native, m) {
   m.def("set_active_isa", [](const std::string& name) { set_active_isa(isa_from_name(name)); },
         "Switches the path in use, for tests and benchmarks. Not while a step runs.");
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
+  bind_linear(m);
 }
