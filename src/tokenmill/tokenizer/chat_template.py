@@ -20,6 +20,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
+from jinja2.exceptions import SecurityError
 
 from tokenmill.errors import TokenmillError
 
@@ -195,7 +196,7 @@ class _Budget(threading.local):
     def step(self) -> None:
         self.left -= 1
         if self.left < 0:
-            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+            raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
 
 
 _budget = _Budget()
@@ -203,14 +204,14 @@ _budget = _Budget()
 
 def _bounded(value: Any) -> Any:
     if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARACTERS:
-        raise jinja2.sandbox.SecurityError(f"it builds more than {MAX_CHARACTERS:,} characters")
+        raise SecurityError(f"it builds more than {MAX_CHARACTERS:,} characters")
     return value
 
 
 def _check_widths(arguments: Sequence[Any]) -> None:
     for argument in arguments:
         if isinstance(argument, int) and abs(argument) > _MAX_WIDTH:
-            raise jinja2.sandbox.SecurityError(f"it pads or repeats text {argument:,} times")
+            raise SecurityError(f"it pads or repeats text {argument:,} times")
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -228,7 +229,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def count_step(self) -> None:
         """A loop's turn; the call itself is what counts."""
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         _budget.step()
         if isinstance(getattr(obj, "__self__", None), str):
             _check_widths(args)
@@ -246,7 +247,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             or (operator == "%" and isinstance(left, str))
         )
         if too_large:
-            raise jinja2.sandbox.SecurityError(f"operator {operator} builds too large a value")
+            raise SecurityError(f"operator {operator} builds too large a value")
         return super().call_binop(context, operator, left, right)
 
 

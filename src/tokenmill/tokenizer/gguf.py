@@ -13,10 +13,10 @@ three places; here
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
@@ -64,11 +64,11 @@ class _GgufVocabulary:
             raise UnsupportedModelError(
                 f"{path}: {_PREFIX}model is {self.model!r}; known tokenizer models: {', '.join(_MODELS)}"
             )
-        self.tokens: list[str] = self._array("tokens", str)
+        self.tokens: list[str] = self._array("tokens", {str})
         if not self.tokens:
             raise self._broken("tokens", "is empty")
         self.types: list[int] = (
-            self._array("token_type", int, len(self.tokens))
+            self._array("token_type", {int}, len(self.tokens))
             if _PREFIX + "token_type" in metadata
             else [TokenType.NORMAL] * len(self.tokens)
         )
@@ -113,12 +113,11 @@ class _GgufVocabulary:
             known = ", ".join(BYTE_LEVEL_RULES)
             raise UnsupportedModelError(f"{self.path}: {_PREFIX}pre is {pre!r}; known pre-tokenizers: {known}")
         vocabulary = {token: i for i, token in enumerate(self.tokens) if self.types[i] != TokenType.UNUSED}
-        merges = []
-        for number, merge in enumerate(self._array("merges", str)):
-            left, space, right = merge[1:].partition(" ")
-            if not space:
-                raise self._broken("merges", f"has an entry without a space: {merge!r} (number {number})")
-            merges.append((merge[:1] + left, right))
+        entries = self._array("merges", {str})
+        merges = [cast("tuple[str, str]", tuple(entry.split(" ", 1))) for entry in entries]
+        if not set(map(len, merges)) <= {2}:
+            number = next(i for i, parts in enumerate(merges) if len(parts) != 2)
+            raise self._broken("merges", f"has an entry without a space: {entries[number]!r} (number {number})")
         backend = Backend(self._bpe("merges", vocabulary, merges, ignore_merges=rules.ignore_merges))
         normalizer = rules.normalizer()
         if normalizer is not None:
@@ -131,13 +130,19 @@ class _GgufVocabulary:
     def _sentencepiece(self, cache_dir: Path | None) -> tuple[bool, int, Backend]:
         if _PREFIX + "scores" not in self.metadata:
             raise self._broken("scores", "is missing")
-        scores: list[float] = self._array("scores", (int, float), len(self.tokens))
+        scores: list[float] = self._array("scores", {int, float}, len(self.tokens))
         space_runs = self._space_runs()
         pieces = [SPACE_MARK * len(t) if i in space_runs else t for i, t in enumerate(self.tokens)]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         never_merged = [i for i, kind in enumerate(self.types) if kind != TokenType.NORMAL and i not in space_runs]
         table = sentencepiece_merges(vocabulary, scores, never_merged, space_runs, cache_dir)
-        merges = [(pieces[left], pieces[right]) for left, right in table.tolist()]
+        merges = list(
+            zip(
+                map(pieces.__getitem__, table[:, 0].tolist()),
+                map(pieces.__getitem__, table[:, 1].tolist()),
+                strict=True,
+            )
+        )
         unk_id = self._token_id("unknown", 0)
         unknown = None if unk_id is None else pieces[unk_id]
         backend = Backend(self._bpe("scores", vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -238,7 +243,7 @@ class _GgufVocabulary:
             raise self._broken(key, f"is no string but {type(value).__name__}")
         return value
 
-    def _array(self, key: str, element: type | tuple[type, ...], length: int | None = None) -> list[Any]:
+    def _array(self, key: str, elements: Set[type], length: int | None = None) -> list[Any]:
         value = self.metadata.get(_PREFIX + key)
         if value is None:
             raise self._broken(key, "is missing")
@@ -247,7 +252,7 @@ class _GgufVocabulary:
         if length is not None and len(value) != length:
             raise self._broken(key, f"has {len(value)} entries for {length} tokens")
         entries = value.tolist() if hasattr(value, "tolist") else list(value)
-        if not all(isinstance(entry, element) for entry in entries):
+        if not set(map(type, entries)) <= elements:
             raise self._broken(key, "has entries of another type")
         return entries
 
