@@ -23,7 +23,7 @@ from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.sampling import SamplingParams
 
-from .toy_backend import ToyBackend, expected_greedy
+from toy_backend import ToyBackend, expected_greedy
 
 FULL = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
 WINDOW = KvGroupSpec(layers=1, kv_heads=1, head_dim=16, window=70)

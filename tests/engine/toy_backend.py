@@ -39,8 +39,8 @@ class ToyBackend:
     def close(self) -> None:
         pass
 
-    def diagnose(self, plan: StepPlan, row: int) -> str | None:
-        return f"toy.row of token {plan.token_ids[row]}"
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        return f"toy.row of token {plan.token_ids[plan.sampled_rows[sampled_row]]}"
 
     def run(
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)

@@ -33,9 +33,9 @@ from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
 class Diagnoses(Protocol):
     """A backend that can say where a row stopped being finite."""
 
-    def diagnose(self, plan: StepPlan, row: int) -> str | None:
-        """Name of the first op of the program whose output in token row ``row`` of ``plan``, the step run last, holds
-        NaN or infinity."""
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        """Name of the first op that gave NaN or infinity on the way to row ``sampled_row`` of the logits of ``plan``,
+        the step run last. May run it again."""
 
 
 @dataclass(slots=True)
@@ -276,7 +276,7 @@ class EngineCore:
         else:
             error = "the model's logits hold NaN or infinity"
             if isinstance(self._backend, Diagnoses):
-                op = self._backend.diagnose(plan, int(plan.sampled_rows[row]))
+                op = self._backend.diagnose(plan, row)
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
             error += ". The weights may be damaged: verify the model file"
         for sequence in request.sequences:
