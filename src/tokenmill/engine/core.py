@@ -80,7 +80,9 @@ class EngineCore:
         needed = self.cache.pages_needed(limits.context, limits.tokens)
         for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
             if has < needs:
-                raise ValueError(f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}")
+                raise ValueError(
+                    f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}"
+                )
         self.scheduler = Scheduler(self.cache, limits)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
