@@ -123,7 +123,9 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=seed)
 
 
-def sampler_settings(params: SamplingParams, *, sample_index: int, end_ids: Collection[int]) -> _native.SamplerSettings:
+def sampler_settings(
+    params: SamplingParams, *, sample_index: int, end_ids: Collection[int]
+) -> _native.SamplerSettings:
     """The native sampler's form of ``params`` for output ``sample_index``; ``params.seed`` must be set."""
     if params.seed is None:
         raise ValueError("a request's seed must be chosen before its settings are made")

@@ -39,8 +39,8 @@ class ToyBackend:
     def close(self) -> None:
         pass
 
-    def diagnose(self, plan: StepPlan, row: int) -> str | None:
-        return f"toy.row of token {plan.token_ids[row]}"
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        return f"toy.row of token {plan.token_ids[plan.sampled_rows[sampled_row]]}"
 
     def run(
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)
@@ -95,7 +95,9 @@ def toy_logits(state: int, vocab_size: int) -> Float32:
     return ((mixed % np.uint64(60001)).astype(np.float32) / 10000 - 3).astype(np.float32)
 
 
-def expected_greedy(prompt: list[int], count: int, groups: tuple[KvGroupSpec, ...], vocab_size: int = 101) -> list[int]:
+def expected_greedy(
+    prompt: list[int], count: int, groups: tuple[KvGroupSpec, ...], vocab_size: int = 101
+) -> list[int]:
     """What a request alone must give: the toy model written without any cache."""
     tokens = list(prompt)
     for _ in range(count):

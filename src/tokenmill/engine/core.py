@@ -33,9 +33,9 @@ from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
 class Diagnoses(Protocol):
     """A backend that can say where a row stopped being finite."""
 
-    def diagnose(self, plan: StepPlan, row: int) -> str | None:
-        """Name of the first op of the program whose output in token row ``row`` of ``plan``, the step run last, holds
-        NaN or infinity."""
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        """Name of the first op that gave NaN or infinity on the way to row ``sampled_row`` of the logits of ``plan``,
+        the step run last. May run it again."""
 
 
 @dataclass(slots=True)
@@ -80,9 +80,7 @@ class EngineCore:
         needed = self.cache.pages_needed(limits.context, limits.tokens)
         for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
             if has < needs:
-                raise ValueError(
-                    f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}"
-                )
+                raise ValueError(f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}")
         self.scheduler = Scheduler(self.cache, limits)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
@@ -273,11 +271,12 @@ class EngineCore:
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
         if status == _NOTHING_ALLOWED:
-            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity"
+            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
+            error += "Bias or mask fewer tokens"
         else:
             error = "the model's logits hold NaN or infinity"
             if isinstance(self._backend, Diagnoses):
-                op = self._backend.diagnose(plan, int(plan.sampled_rows[row]))
+                op = self._backend.diagnose(plan, row)
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
             error += ". The weights may be damaged: verify the model file"
         for sequence in request.sequences:
