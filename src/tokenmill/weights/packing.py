@@ -32,7 +32,7 @@ logger = logging.getLogger("tokenmill.weights")
 
 ROW_BLOCK = 16
 """Rows that are packed together; parts of a matrix are whole row blocks, which lie one after the other."""
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Packed bytes of one part at most (one row block at least)."""
 
 
@@ -293,7 +293,7 @@ class _Load:
     def stream(self, writer: PackedFileWriter) -> None:
         """Packs part after part on this thread while another hashes and writes the one before."""
         largest = max((nbytes for weight in self.plan.values() for *_, nbytes in _parts(weight)), default=1)
-        buffers = [np.frombuffer(mmap.mmap(-1, max(largest, 1)), dtype=np.uint8) for _ in range(2)]
+        buffers = [_aligned_bytes(largest) for _ in range(2)]
         written: list[Future[None]] = []
         done = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenmill-cache") as pool:
@@ -335,7 +335,7 @@ class _Load:
         for tensor_type in sorted(types):
             weight_format = tensor_type.weight_format
             if weight_format is not None:
-                out = np.zeros(self.packer.packed_bytes(int(weight_format), n, k), dtype=np.uint8)
+                out = _aligned_bytes(self.packer.packed_bytes(int(weight_format), n, k))
                 rows = source[: n * tensor_type.row_bytes(k)]
                 self.packer.pack_matrix(int(weight_format), rows, n, k, out, 1)
                 fingerprint.update(out.data)
@@ -352,6 +352,11 @@ def _parts(weight: PlannedWeight) -> Iterator[tuple[int, int, int, int]]:
         offset = first // ROW_BLOCK * weight.block_bytes if weight.is_matrix else 0
         nbytes = -(-(last - first) // ROW_BLOCK) * weight.block_bytes if weight.is_matrix else weight.nbytes
         yield first, last, offset, nbytes
+
+
+def _aligned_bytes(count: int) -> UInt8:
+    """Zeros that start at a page, as kernels want at least 64 bytes of alignment."""
+    return np.frombuffer(mmap.mmap(-1, max(count, 1)), dtype=np.uint8, count=count)
 
 
 def _native_packer() -> Packer:
