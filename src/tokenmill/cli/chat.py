@@ -199,5 +199,10 @@ def read_entries() -> Iterator[str]:
 
 
 def _read_line(prompt: str) -> str:
-    """A line without its end. The prompt is shown only to a person."""
-    return input(prompt if sys.stdin.isatty() else "")
+    """A line without its end. The prompt is shown only to a person, and never among answers that go to a file."""
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
