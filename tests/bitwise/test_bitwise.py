@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenmill.backends.native import NativeBackend
 
-from tests.tiny_gguf import VOCABULARY, write_tiny_gguf
+from tiny_gguf import VOCABULARY, write_tiny_gguf
 from tokenmill import _native
 from tokenmill.backends.backend import StepLimits
 from tokenmill.models import bind
