@@ -75,7 +75,9 @@ def test_quantized_by_the_reference_and_packed_decodes_to_what_the_reference_dec
     for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16"):
         weight_format = WeightFormat[name]
         rows = gguf.quantize(values, gguf.GGMLQuantizationType[name]).view(np.uint8).reshape(19, -1)
-        decoded = _native.decode_packed_rows(weight_format, pack(weight_format, rows, 640), 19, 640, np.arange(19, dtype=np.int32))
+        decoded = _native.decode_packed_rows(
+            weight_format, pack(weight_format, rows, 640), 19, 640, np.arange(19, dtype=np.int32)
+        )
         assert np.array_equal(bits(decoded), bits(reference_decode(weight_format, rows)))
 
 
