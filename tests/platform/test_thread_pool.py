@@ -95,7 +95,9 @@ def run(code: str, **environment: str) -> str:
     script = f"import os\nfrom tokenmill import _native\n{code}"
     search = os.pathsep.join(path for path in sys.path if path)
     variables = {**os.environ, "PYTHONPATH": search, **environment}
-    return subprocess.run([sys.executable, "-c", script], env=variables, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", script], env=variables, check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs CPU affinity")
