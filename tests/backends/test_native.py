@@ -27,7 +27,7 @@ IDS = np.random.default_rng(1).integers(0, VOCABULARY, 600).astype(np.int32)
 
 def backend(formats="mixed", *, threads=1, taps=(), element=KvElement.F16, program=PROGRAM) -> NativeBackend:
     program = program.with_kv_element(element)
-    made = NativeBackend(program, PackedWeights(program, FORMATS[formats]), LIMITS, [PAGES, PAGES], threads, taps)
+    made = NativeBackend(program, PackedWeights(program, FORMATS[formats]), LIMITS, [PAGES, PAGES], threads, taps=taps)
     for group in range(2):
         for plane in range(2):
             made.kv_plane(group, plane)[...] = np.nan if element is KvElement.F32 else 0x7FC1

@@ -48,6 +48,7 @@ class NativeBackend:
         limits: StepLimits,
         kv_pages: Sequence[int],
         threads: int = 0,
+        *,
         taps: Collection[str] = (),
     ) -> None:
         """Fuses and lowers ``program`` and allocates its buffers and KV pages.
