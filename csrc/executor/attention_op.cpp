@@ -18,7 +18,7 @@ AttentionSchedule::AttentionSchedule(const Geometry& geometry, const StepLimits&
     : geometry_(geometry), threads_(threads) {
   const int64_t group = geometry.heads / geometry.kv_heads;
   const size_t most_blocks =
-      static_cast<size_t>(geometry.kv_heads * (limits.tokens * group / kBlockRows + limits.sequences + 1));
+      static_cast<size_t>(geometry.kv_heads * (limits.tokens * group / kQueryRows + limits.sequences + 1));
   blocks_.reserve(most_blocks);
   items_.reserve(most_blocks + static_cast<size_t>(2 * kItemsPerThread * threads));
   if (threads > 1) {
@@ -38,10 +38,10 @@ void AttentionSchedule::build(const StepPlan& plan) {
   for (int32_t s = 0; s < plan.sequences(); ++s) {
     const int32_t first_slot = plan.slots()[plan.row_starts()[s]];
     const int32_t rows = (plan.row_starts()[s + 1] - plan.row_starts()[s]) * group;
-    const int32_t count = (rows + kBlockRows - 1) / kBlockRows;
+    const int32_t count = (rows + kQueryRows - 1) / kQueryRows;
     // Late rows see the most slots, so they start first.
     for (int32_t b = count - 1; b >= 0; --b) {
-      const int32_t row_begin = b * kBlockRows, row_end = std::min(rows, row_begin + kBlockRows);
+      const int32_t row_begin = b * kQueryRows, row_end = std::min(rows, row_begin + kQueryRows);
       const int32_t first = first_visible_slot(first_slot + row_begin / group, geometry_.window);
       const int32_t last = first_slot + (row_end - 1) / group;
       for (int32_t head = 0; head < geometry_.kv_heads; ++head) {

@@ -11,7 +11,7 @@ constexpr int32_t kChunksPerThread = 4;
 constexpr int32_t kMostBlocksPerChunk = 64;
 constexpr int32_t kSerialBlocks = 2;
 
-int32_t row_blocks(const LinearPart& part) { return (part.weight.n + 15) / 16; }
+int32_t row_blocks(const LinearPart& part) { return (part.weight.n + kBlockRows - 1) / kBlockRows; }
 
 LinearArguments arguments_of(const StepContext& context, const LinearPart& part) {
   LinearArguments a{};

@@ -16,7 +16,7 @@ enum class KvElement : int32_t { kF16 = 1, kBf16 = 2, kF32 = 3 };
 
 inline constexpr int32_t kPageTokens = 32;
 inline constexpr int32_t kSpanTokens = 256;
-inline constexpr int32_t kBlockRows = 64;
+inline constexpr int32_t kQueryRows = 64;  // of a row block, at most
 // Planes are allocated with this many readable bytes after the last element: the last vector of a value row whose
 // length is no multiple of 16 reads past it.
 inline constexpr size_t kPlaneSlack = 64;

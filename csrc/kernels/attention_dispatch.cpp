@@ -9,7 +9,7 @@ TM_DEFINE_DISPATCH(AttentionKernels, attention_kernels)
 size_t attention_scratch_bytes(int32_t head_dim) {
   const size_t padded = static_cast<size_t>(head_dim + 15) / 16 * 16;
   const size_t record = static_cast<size_t>(attention_record_floats(head_dim));
-  return sizeof(float) * (kBlockRows * (padded + kSpanTokens + 2 * record) + 2 * kPageTokens * padded);
+  return sizeof(float) * (kQueryRows * (padded + kSpanTokens + 2 * record) + 2 * kPageTokens * padded);
 }
 
 }  // namespace tokenmill

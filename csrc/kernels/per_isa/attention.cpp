@@ -253,10 +253,10 @@ struct BlockRun {
       : arguments(a), block(b), rows{a.group, b.first_slot, a.window}, count(b.row_end - b.row_begin),
         width(padded(a.head_dim)), record(attention_record_floats(a.head_dim)) {
     q = reinterpret_cast<float*>(scratch);
-    scores = q + kBlockRows * width;
-    spans = scores + kBlockRows * kSpanTokens;
-    running = spans + kBlockRows * record;
-    key_page = running + kBlockRows * record;
+    scores = q + kQueryRows * width;
+    spans = scores + kQueryRows * kSpanTokens;
+    running = spans + kQueryRows * record;
+    key_page = running + kQueryRows * record;
     value_page = key_page + kPageTokens * width;
   }
 
