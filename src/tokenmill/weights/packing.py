@@ -213,6 +213,10 @@ def plan_weights(checkpoint: Checkpoint, bound: Bound, packer: Packer) -> dict[s
     plan = {}
     for name, shape in bound.program.weights.items():
         source = bound.sources[name]
+        if len(shape) not in (1, 2):
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: {name} of shape {list(shape)} is neither vector nor matrix"
+            )
         info = checkpoint.tensors.get(source.tensor)
         needed = f"{name} needs shape {list(shape)}"
         if info is None:
@@ -263,7 +267,7 @@ class _Load:
             store = None  # looked at again, and reported, with the lock held
         if store is not None:
             return PackedWeights(store, self.plan, self.checkpoint, "mapped")
-        with entry.lock(lambda: self.progress(LoadProgress("waiting", 0, self.layout.nbytes))):
+        with entry.lock(lambda: self.report("waiting", 0)):
             try:
                 store = open_packed(path, self.layout, key, verify)
             except ModelFileError as damage:
@@ -287,7 +291,7 @@ class _Load:
             for first, last, offset, nbytes in _parts(weight):
                 self.pack(weight, first, last, out[offset : offset + nbytes])
                 done += nbytes
-                self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                self.report("packing", done)
         return PackedWeights(store, self.plan, self.checkpoint, "memory")
 
     def stream(self, writer: PackedFileWriter) -> None:
@@ -305,9 +309,12 @@ class _Load:
                     self.pack(weight, first, last, out)
                     written.append(pool.submit(writer.write, weight.name, offset, out))
                     done += nbytes
-                    self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                    self.report("packing", done)
             for future in written[-2:]:
                 future.result()
+
+    def report(self, stage: Literal["packing", "waiting"], done: int) -> None:
+        self.progress(LoadProgress(stage, done, sum(weight.nbytes for weight in self.plan.values())))
 
     def prefetched(self) -> Iterator[PlannedWeight]:
         """The weights in order, each after the kernel was asked to read the next one's tensor."""
