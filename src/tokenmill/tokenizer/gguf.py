@@ -136,13 +136,8 @@ class _GgufVocabulary:
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         never_merged = [i for i, kind in enumerate(self.types) if kind != TokenType.NORMAL and i not in space_runs]
         table = sentencepiece_merges(vocabulary, scores, never_merged, space_runs, cache_dir)
-        merges = list(
-            zip(
-                map(pieces.__getitem__, table[:, 0].tolist()),
-                map(pieces.__getitem__, table[:, 1].tolist()),
-                strict=True,
-            )
-        )
+        left, right = ([pieces[i] for i in side] for side in table.T.tolist())
+        merges = list(zip(left, right, strict=True))
         unk_id = self._token_id("unknown", 0)
         unknown = None if unk_id is None else pieces[unk_id]
         backend = Backend(self._bpe("scores", vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
