@@ -144,6 +144,27 @@ def test_bos_and_eos_are_added_as_the_file_says(llama: Tokenizer, llama_metadata
     assert ids[-1] == 2
 
 
+def test_phi3_swallows_white_space_after_control_tokens(llama_metadata: dict[str, Any]) -> None:
+    phi3, text = load({**llama_metadata, "general.architecture": "phi3"}), "</s> \n the<s> the"
+    assert phi3.encode(text, False) == load(llama_metadata).encode("</s>the<s> the", False)
+
+
+def test_padding_of_the_vocabulary_is_no_text(llama_metadata: dict[str, Any]) -> None:
+    metadata = {
+        **llama_metadata,
+        "tokenizer.ggml.tokens": [*llama_metadata["tokenizer.ggml.tokens"], "to</s"],
+        "tokenizer.ggml.scores": [*llama_metadata["tokenizer.ggml.scores"], 9.0],
+        "tokenizer.ggml.token_type": [*llama_metadata["tokenizer.ggml.token_type"], 5],
+    }
+    tokenizer = load(metadata)
+    padding = tokenizer.vocab_size - 1
+    assert tokenizer.token_bytes(padding) == b""
+    assert tokenizer.token_bytes(padding + 1000) == b""
+    assert padding not in tokenizer.encode("to</s", parse_special=False)
+    with pytest.raises(TokenizerError, match="-1 is negative"):
+        tokenizer.token_bytes(-1)
+
+
 def test_end_tokens_come_from_metadata_and_text(llama_metadata: dict[str, Any]) -> None:
     tokens = [*llama_metadata["tokenizer.ggml.tokens"], "<end_of_turn>", "<custom>", "<|im_end|>"]
     metadata = {
@@ -199,6 +220,8 @@ def test_unknown_kinds_are_refused_by_name(llama_metadata: dict[str, Any], smoll
         ("scores", None, "scores is missing"),
         ("scores", [0.0], "scores has 1 entries for"),
         ("token_type", [1], "token_type has 1 entries for"),
+        ("token_type", [9] * 284, "token_type has types outside 1..6"),
+        ("model", ["llama"], "model is no string but list"),
         ("bos_token_id", 99999, "bos_token_id is 99999, outside the vocabulary"),
         ("eos_token_id", -1, "eos_token_id is -1, outside the vocabulary"),
     ],
