@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from gguf import GGUFReader
 
 from tokenmill.tokenizer.pieces import byte_level_alphabet
+from tokenmill.weights.checkpoint import open_checkpoint
 
 WORKER = Path(__file__).with_name("llama_cpp_worker.py")
 
@@ -34,8 +34,8 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """The metadata by the `gguf` package."""
-    return GgufFile(path, {name: field.contents() for name, field in GGUFReader(path).fields.items()})
+    with open_checkpoint(path) as checkpoint:
+        return GgufFile(path, dict(checkpoint.metadata))
 
 
 def special_tokens(metadata: Mapping[str, Any]) -> list[str]:
