@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizer_references import as_llama_cpp_reads, llama_cpp_ids, read_gguf, special_tokens
+from tokenizer_references import llama_cpp_reading, llama_cpp_ids, read_gguf, special_tokens
 from tokenizer_texts import texts
 
 GOLDEN = Path(__file__).with_name("golden_smollm2.jsonl")
@@ -18,11 +18,7 @@ GOLDEN = Path(__file__).with_name("golden_smollm2.jsonl")
 def main(path: Path) -> None:
     metadata = read_gguf(path).metadata
     generated = texts(500, special_tokens(metadata), seed=2024, assigned_only=True)
-    pairs = [
-        (as_llama_cpp_reads(text, metadata), parse_special)
-        for number, text in enumerate(generated)
-        for parse_special in (number % 4 != 0,)
-    ]
+    pairs = [(text, number % 4 != 0) for number, text in enumerate(map(llama_cpp_reading(metadata), generated))]
     with GOLDEN.open("w", encoding="utf-8") as file:
         for (text, parse_special), ids in zip(pairs, llama_cpp_ids(path, pairs), strict=True):
             file.write(json.dumps([text, parse_special, ids], separators=(",", ":")) + "\n")

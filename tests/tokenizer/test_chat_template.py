@@ -123,6 +123,8 @@ def _fields(tokenizer: Tokenizer) -> dict[str, Any]:
 def test_text_parts_are_joined_for_templates_that_read_strings(smollm2: Tokenizer) -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert smollm2.apply_chat_template(parts) == smollm2.apply_chat_template([{"role": "user", "content": "a\nb"}])
+    lines = ChatTemplates({"default": "{% for line in messages[0].content.split('\\n') %}<{{ line }}>{% endfor %}"}, {})
+    assert lines.render(parts) == "<a><b>"
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     with pytest.raises(ChatTemplateError, match="message 0 has a content part of type 'image_url'"):
         smollm2.apply_chat_template(image)
@@ -240,6 +242,14 @@ def test_objects_do_not_reach_the_template() -> None:
 def test_broken_conversations_are_named(smollm2: Tokenizer, messages: Any, message: str) -> None:
     with pytest.raises(ChatTemplateError, match=message):
         smollm2.apply_chat_template(messages)
+
+
+def test_content_too_deep_to_convert_is_an_error() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ChatTemplateError, match="RecursionError"):
+        ChatTemplates({"default": "x"}, {}).render([{"role": "user", "content": deep}])
 
 
 def test_rendering_leaves_the_conversation_alone_and_threads_apart(smollm2: Tokenizer) -> None:

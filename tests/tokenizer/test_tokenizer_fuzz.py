@@ -6,7 +6,7 @@
 ``tokenizer_references.py``.
 
 Where the two differ, the authority is the model's own tokenizer as `transformers` runs it, because the model was
-trained on its ids; ``as_llama_cpp_reads`` lists the three differences, and ``texts(assigned_only=True)`` keeps out
+trained on its ids; ``llama_cpp_reading`` lists the three differences, and ``texts(assigned_only=True)`` keeps out
 characters that the Unicode tables of one of them do not have yet. Which tokens are control tokens, though, is what the
 GGUF file says: files mark more tokens so (fill-in-the-middle, unused ones) than ``tokenizer.json`` does, and
 `transformers` recognises those in text even where control tokens are text. So the comparison of plain text is
@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizer_references import as_llama_cpp_reads, llama_cpp_ids, read_gguf, special_tokens, transformers_backend
+from tokenizer_references import llama_cpp_reading, llama_cpp_ids, read_gguf, special_tokens, transformers_backend
 from tokenizer_texts import texts
 
 from tokenmill.tokenizer import load_tokenizer
@@ -45,7 +45,7 @@ def test_ids_equal_llama_cpp(name: str) -> None:
     file = read_gguf(model_path(name))
     tokenizer = load_tokenizer(file)
     generated = texts(COUNT, special_tokens(file.metadata), seed=MODELS.index(name), assigned_only=True)
-    pairs = [(as_llama_cpp_reads(text, file.metadata), number % 2 == 0) for number, text in enumerate(generated)]
+    pairs = [(text, number % 2 == 0) for number, text in enumerate(map(llama_cpp_reading(file.metadata), generated))]
     differences = [
         (text, parse_special, ids)
         for (text, parse_special), ids in zip(pairs, llama_cpp_ids(file.path, pairs), strict=True)

@@ -11,8 +11,9 @@ import json
 import os
 import subprocess
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def llama_cpp_ids(path: Path, texts: Sequence[tuple[str, bool]]) -> list[list[in
     return [json.loads(line) for line in output.splitlines()]
 
 
-def as_llama_cpp_reads(text: str, metadata: Mapping[str, Any]) -> str:
-    """``text`` without what llama.cpp does otherwise than the model's own tokenizer, which is the authority:
+def llama_cpp_reading(metadata: Mapping[str, Any]) -> Callable[[str], str]:
+    """Takes from a text what llama.cpp does otherwise than the model's own tokenizer, which is the authority:
 
     * it does not normalize: Qwen's tokenizer brings text to NFC first;
     * it takes runs of U+2581 in a text for single marks: to Gemma's tokenizer they are runs of spaces;
@@ -61,12 +62,12 @@ def as_llama_cpp_reads(text: str, metadata: Mapping[str, Any]) -> str:
       them: the `tokenizers` library drops them first and merges across.
     """
     if metadata["tokenizer.ggml.model"] == "llama":
-        return text.replace("▁", "_")
+        return lambda text: text.replace("▁", "_")
     if metadata["tokenizer.ggml.pre"] == "qwen2":
-        return unicodedata.normalize("NFC", text)
+        return partial(unicodedata.normalize, "NFC")
     known = set(metadata["tokenizer.ggml.tokens"])
     missing = {byte for character, byte in byte_level_alphabet().items() if character not in known}
-    return "".join(character for character in text if missing.isdisjoint(character.encode()))
+    return lambda text: "".join(character for character in text if missing.isdisjoint(character.encode()))
 
 
 def transformers_backend(name: str, path: Path) -> tokenizers.Tokenizer:

@@ -52,6 +52,7 @@ class ChatTemplates:
         self._compiled: dict[str, jinja2.Template] = {}
 
     def names(self) -> list[str]:
+        """The names of the model's templates, sorted."""
         return sorted(self._sources)
 
     def source(self, name: str | None = None, with_tools: bool = False) -> str:
@@ -86,11 +87,11 @@ class ChatTemplates:
             raise ChatTemplateError("the conversation is empty: give at least one message")
         source = self.source(chat_template, with_tools=bool(tools))
         template = self._compile(source)
-        conversation = [_plain_message(message, number) for number, message in enumerate(messages)]
-        if any(isinstance(message.get("content"), list) for message in conversation) and not _reads_parts(source):
-            conversation = [_joined_parts(message, number) for number, message in enumerate(conversation)]
-        names = {**self._special_tokens, **_plain(kwargs)}
         try:
+            conversation = [_plain_message(message, number) for number, message in enumerate(messages)]
+            if any(isinstance(message.get("content"), list) for message in conversation) and not _reads_parts(source):
+                conversation = [_joined_parts(message, number) for number, message in enumerate(conversation)]
+            names = {**self._special_tokens, **_plain(kwargs)}
             with _budget:
                 return template.render(
                     messages=conversation,
@@ -99,6 +100,8 @@ class ChatTemplates:
                     add_generation_prompt=add_generation_prompt,
                     **names,
                 )
+        except ChatTemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template refuses the conversation: {error}") from error
         except Exception as error:  # a template is a program: any operation in it can fail in its own way
@@ -164,27 +167,24 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _reads_parts(source: str) -> bool:
-    """Whether a template looks into lists of content parts: it loops over something called content, or asks for its
-    type."""
+    """Whether a template looks into lists of content parts: it loops over the content, or asks for its type."""
     tree = _environment().parse(source)
-
-    def names_content(node: jinja2.nodes.Node) -> bool:
-        own = [node, *node.find_all((jinja2.nodes.Getattr, jinja2.nodes.Getitem, jinja2.nodes.Name))]
-        return any(
-            (isinstance(n, jinja2.nodes.Getattr) and n.attr == "content")
-            or (
-                isinstance(n, jinja2.nodes.Getitem)
-                and isinstance(n.arg, jinja2.nodes.Const)
-                and n.arg.value == "content"
-            )
-            or (isinstance(n, jinja2.nodes.Name) and n.name == "content")
-            for n in own
-        )
-
-    return any(names_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For)) or any(
-        test.name in ("string", "iterable", "sequence") and names_content(test.node)
+    return any(_is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For)) or any(
+        test.name in ("string", "iterable", "sequence") and _is_content(test.node)
         for test in tree.find_all(jinja2.nodes.Test)
     )
+
+
+def _is_content(node: jinja2.nodes.Node) -> bool:
+    """Whether ``node`` is ``content``, ``message.content`` or ``message["content"]``, filtered or not."""
+    match node:
+        case jinja2.nodes.Filter(node=jinja2.nodes.Node() as inner):
+            return _is_content(inner)
+        case jinja2.nodes.Name(name="content") | jinja2.nodes.Getattr(attr="content"):
+            return True
+        case jinja2.nodes.Getitem(arg=jinja2.nodes.Const(value="content")):
+            return True
+    return False
 
 
 class _Budget(threading.local):
