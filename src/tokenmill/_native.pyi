@@ -32,22 +32,6 @@ def rms_norm(x: Float32, weight: Float32, out: Float32, eps: float, weight_offse
 def gated_activation(activation: int, gate: Float32, up: Float32, out: Float32) -> None: ...
 def softcap(x: Float32, cap: float, out: Float32) -> None: ...
 
-# linear.cpp
-def packed_bytes(format: int, n: int, k: int) -> int: ...
-def pack_matrix(format: int, source: UInt8, n: int, k: int, out: UInt8, threads: int = 0) -> None: ...
-def decode_packed_rows(format: int, packed: UInt8, n: int, k: int, rows: Int32) -> Float32: ...
-def quantize_rows(x: Float32, format: int) -> tuple[npt.NDArray[np.int8], Float32, Int32]: ...
-def linear(
-    format: int,
-    packed: UInt8,
-    n: int,
-    k: int,
-    x: Float32,
-    bias: Float32 | None = None,
-    residual: Float32 | None = None,
-    threads: int = 0,
-) -> Float32: ...
-
 # executor.cpp
 def value_row_bytes(format: int, width: int) -> int: ...
 
@@ -122,3 +106,43 @@ class Executor:
     def scratch_bytes(self) -> int: ...
     @property
     def kv_bytes(self) -> int: ...
+
+# sampler.cpp
+class SamplerSettings:
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        typical_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        seed: int = 0,
+        sample_index: int = 0,
+        min_tokens: int = 0,
+        end_ids: Sequence[int] = (),
+        bias_ids: Sequence[int] = (),
+        biases: Sequence[float] = (),
+        logprobs: int = -1,
+    ) -> None: ...
+
+class Sampler:
+    def __init__(self, vocabulary: int, threads: int = 1) -> None: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def sample(
+        self,
+        logits: Float32,
+        rows: Int32,
+        settings: Sequence[SamplerSettings],
+        tokens: Sequence[Int32],
+        prompt_tokens: Int32,
+    ) -> tuple[Int32, Int32, Float32, Int32, Int32, Float32]: ...
+    def score(
+        self, logits: Float32, rows: Int32, targets: Int32, best: int = 0
+    ) -> tuple[Int32, Int32, Float32, Int32, Int32, Float32]: ...
+
+def draw_words(seed: int, sample_index: int, position: int, purpose: int = 0) -> list[int]: ...
