@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -123,9 +122,7 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=seed)
 
 
-def sampler_settings(
-    params: SamplingParams, *, sample_index: int, end_ids: Collection[int]
-) -> _native.SamplerSettings:
+def sampler_settings(params: SamplingParams, *, sample_index: int, end_ids: Collection[int]) -> _native.SamplerSettings:
     """The native sampler's form of ``params`` for output ``sample_index``; ``params.seed`` must be set."""
     if params.seed is None:
         raise ValueError("a request's seed must be chosen before its settings are made")
@@ -157,6 +154,6 @@ def _check_whole(name: str, value: object, low: int, high: int | None, *, option
 
 
 def _check_real(name: str, value: object, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    if not low <= number <= high:  # false for NaN
         raise SamplingError(f"{name} is {value!r}; it must be a number, {low:g} to {high:g}")

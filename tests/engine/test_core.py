@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+from toy_backend import ToyBackend, expected_greedy
 
 from tokenmill.backends.backend import StepLimits
 from tokenmill.engine.core import EngineCore
@@ -22,8 +23,6 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.sampling import SamplingParams
-
-from toy_backend import ToyBackend, expected_greedy
 
 FULL = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
 WINDOW = KvGroupSpec(layers=1, kv_heads=1, head_dim=16, window=70)
@@ -119,7 +118,9 @@ def test_every_step_decodes_first_and_keeps_to_the_budget() -> None:
     core, backend = make_core(tokens=32, sequences=6)
     rng = random.Random(3)
     for i in range(20):
-        core.handle(request(i, random_prompt(rng), SamplingParams(max_tokens=rng.randint(1, 40), temperature=0, seed=0)))
+        core.handle(
+            request(i, random_prompt(rng), SamplingParams(max_tokens=rng.randint(1, 40), temperature=0, seed=0))
+        )
     while core.busy:
         decoding = [s.request.request_id for s in core.scheduler.running if s.decodes]
         waiting = bool(core.scheduler.waiting)
@@ -238,8 +239,7 @@ def test_masking_everything_is_an_error_of_the_request() -> None:
     params = SamplingParams(seed=0, max_tokens=4, min_tokens=2, stop_token_ids=tuple(range(101)))
     events = run(core, [request(0, [1, 2], params)])
     assert [e.error for e in events if isinstance(e, Failed)] == [
-        "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
-        "Bias or mask fewer tokens"
+        "logit_bias and min_tokens leave no token to pick: every logit is -infinity. Bias or mask fewer tokens"
     ]
 
 
@@ -313,8 +313,13 @@ def test_scores_need_at_most_64_rows_of_logits_and_do_not_depend_on_chunks() -> 
 def test_prompt_logprobs_come_with_the_output_of_the_plain_request() -> None:
     prompt = [(7 * i) % 101 for i in range(150)]
     core, _ = make_core(tokens=40)
-    events = run(core, [request(0, prompt), request(1, prompt, SamplingParams(
-        temperature=0, max_tokens=12, seed=0, prompt_logprobs=3, logprobs=2))])
+    events = run(
+        core,
+        [
+            request(0, prompt),
+            request(1, prompt, SamplingParams(temperature=0, max_tokens=12, seed=0, prompt_logprobs=3, logprobs=2)),
+        ],
+    )
     assert outputs(events)[1, 0] == outputs(events)[0, 0]
     assert len(_scores(events, 1)) == 149
     scored = [e for e in events if isinstance(e, PromptScored)]

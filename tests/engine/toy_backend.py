@@ -95,9 +95,7 @@ def toy_logits(state: int, vocab_size: int) -> Float32:
     return ((mixed % np.uint64(60001)).astype(np.float32) / 10000 - 3).astype(np.float32)
 
 
-def expected_greedy(
-    prompt: list[int], count: int, groups: tuple[KvGroupSpec, ...], vocab_size: int = 101
-) -> list[int]:
+def expected_greedy(prompt: list[int], count: int, groups: tuple[KvGroupSpec, ...], vocab_size: int = 101) -> list[int]:
     """What a request alone must give: the toy model written without any cache."""
     tokens = list(prompt)
     for _ in range(count):

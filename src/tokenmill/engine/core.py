@@ -80,7 +80,9 @@ class EngineCore:
         needed = self.cache.pages_needed(limits.context, limits.tokens)
         for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
             if has < needs:
-                raise ValueError(f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}")
+                raise ValueError(
+                    f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}"
+                )
         self.scheduler = Scheduler(self.cache, limits)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
@@ -95,6 +97,10 @@ class EngineCore:
     def usage(self) -> list[PoolUsage]:
         """Pages of each KV group."""
         return self.cache.usage()
+
+    def scratch_bytes(self) -> int:
+        """Bytes of the sampler's working memory."""
+        return self._sampler.scratch_bytes
 
     def handle(self, message: Message) -> list[Event]:
         """Takes a request in, or stops one. What is wrong with a request is an event, not an exception."""
@@ -243,7 +249,9 @@ class EngineCore:
             starts_others = sequence.index == 0 and sequence.output_length == 0
             sequence.first_token = sequence.first_token or now
             sequence.append(token)
-            events.append(TokenOutput(sequence.request.request_id, sequence.index, token, logprobs))
+            events.append(
+                TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
+            )
             if starts_others:
                 for index in range(1, sequence.request.params.n):
                     self._start(request, self._new_sequence(request, index))

@@ -90,8 +90,8 @@ def plan_memory(
 ) -> MemoryLedger:
     """Divides the budget.
 
-    ``pages_needed(length)`` gives the pages per group of a sequence of ``length`` tokens; ``longest`` is the model's own
-    maximum. Without ``max_model_len`` the context is as long as model and budget allow. Every group gets the pages of
+    ``pages_needed(length)`` gives the pages per group of a sequence of ``length`` tokens; ``longest`` is the model's
+    own maximum. Without ``max_model_len`` the context is as long as model and budget allow. Every group gets the pages of
     one sequence of that length, and beyond that those of ``max_num_seqs`` sequences of one length, as long as fits.
 
     Raises MemoryLimitError with needed and available bytes and the argument to lower.
@@ -206,7 +206,11 @@ def _memory_groups(root: Path) -> list[tuple[Path, str, str]]:
     found = []
     for mount, names, matches in (
         (v2, ("memory.max", "memory.current"), lambda controllers: controllers == ""),
-        (v1, ("memory.limit_in_bytes", "memory.usage_in_bytes"), lambda controllers: "memory" in controllers.split(",")),
+        (
+            v1,
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            lambda controllers: "memory" in controllers.split(","),
+        ),
     ):
         # Inside a container the path may be the host's; the mount's root is then the container's own group.
         paths = [line.split(":", 2)[2] for line in lines if line.count(":") >= 2 and matches(line.split(":", 2)[1])]

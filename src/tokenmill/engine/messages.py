@@ -91,6 +91,8 @@ class TokenOutput:
     index: int
     token_id: int
     logprobs: TokenLogprobs | None = None
+    stops: bool = False
+    """True for an end or stop token, which ends the output and is not part of its text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,200 @@
+"""From a configuration to a running engine: checkpoint, network, memory plan, weights, backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenmill import _native
+from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.kv_cache import KvCache
+from tokenmill.engine.ledger import MemoryLedger, memory_budget, plan_memory
+from tokenmill.engine.scheduler import SchedulerLimits
+from tokenmill.errors import UsageError
+from tokenmill.models import BoundModel, bind
+from tokenmill.program.buffers import plan_buffers
+from tokenmill.program.program import Program
+from tokenmill.tokenizer import Tokenizer, load_tokenizer
+from tokenmill.weights.cache import default_cache_dir
+from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
+
+_FIXED_BYTES = 32 << 20
+"""Stacks, thread-local buffers and step plans: what no plan counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run. ``seconds`` says where the start's time went."""
+
+    path: Path
+    bound: BoundModel
+    tokenizer: Tokenizer
+    generation_defaults: Mapping[str, Any]
+    ledger: MemoryLedger
+    engine: Engine
+    seconds: Mapping[str, float]
+
+
+class SizedWeights(ModelWeights, Protocol):
+    """Weights that know their size."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+
+
+class DecodedWeights:
+    """Weights straight from a checkpoint, in fp32 (``ModelWeights`` of a backend that does not use packed ones)."""
+
+    def __init__(self, checkpoint: Checkpoint, bound: BoundModel) -> None:
+        self._checkpoint = checkpoint
+        self._bound = bound
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes once all are decoded."""
+        return sum(4 * _values(shape) for shape in self._bound.program.weights.values())
+
+    def matrix(self, name: str) -> PackedMatrix:
+        raise KeyError(f"{name} is not packed")
+
+    def vector(self, name: str) -> Float32:
+        return self.decoded(name).reshape(-1)
+
+    def decoded(self, name: str) -> Float32:
+        where = self._bound.sources[name]
+        return self._checkpoint.decode(where.tensor, where.rows).reshape(self._bound.program.weights[name])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def load_model(config: EngineConfig, path: Path) -> LoadedModel:
+    """Loads the checkpoint at ``path`` and starts its engine.
+
+    Raises ModelFileError, UnsupportedModelError, MemoryLimitError and UsageError; nothing stays open then.
+    """
+    clock = _Clock()
+    open_parts: list[Callable[[], None]] = []
+    try:
+        checkpoint = open_checkpoint(path)
+        open_parts.append(checkpoint.close)
+        shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+        bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
+        _check_context(config, bound)
+        clock.lap("read the model file")
+        tokenizer = load_tokenizer(checkpoint, config.cache_dir or default_cache_dir())
+        clock.lap("load the tokenizer")
+        program = bound.program.with_kv_element(config.kv_element)
+        ledger = _plan(config, checkpoint, bound, program)
+        weights = _load_weights(config, checkpoint, bound)
+        open_parts.append(weights.close)
+        clock.lap("load the weights")
+        limits = StepLimits(
+            tokens=config.max_batch_tokens,
+            sequences=config.max_num_seqs,
+            sampled=config.logit_rows,
+            context=ledger.max_model_len,
+        )
+        backend = _make_backend(config, program, weights, limits, ledger)
+        open_parts.append(backend.close)
+        core = EngineCore(
+            backend,
+            vocab_size=program.vocab_size,
+            kv_pages=ledger.kv_pages,
+            limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
+            prefix_caching=config.enable_prefix_caching,
+            sampler_threads=config.threads,
+        )
+        ledger = ledger.with_actual(
+            weights=weights.nbytes,
+            kv=backend.kv_bytes(),
+            scratch=backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES,
+        )
+        engine = Engine(core, on_close=lambda: _close_all(open_parts))
+    except BaseException:
+        _close_all(open_parts)
+        raise
+    clock.lap("prepare the kernels")
+    return LoadedModel(path, bound, tokenizer, dict(checkpoint.generation_defaults), ledger, engine, clock.seconds)
+
+
+def _check_context(config: EngineConfig, bound: BoundModel) -> None:
+    longest = bound.config.max_position
+    if config.max_model_len is not None and config.max_model_len > longest:
+        raise UsageError(f"max_model_len is {config.max_model_len}; {bound.architecture} here takes at most {longest}")
+
+
+def _plan(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, program: Program) -> MemoryLedger:
+    """The ledger before anything is allocated: the checkpoint's bytes stand for the packed weights, and buffers are
+    counted as if nothing were fused."""
+    if config.backend == "torch":
+        weights = DecodedWeights(checkpoint, bound).nbytes
+    else:
+        weights = sum(checkpoint.info(tensor).nbytes for tensor in {where.tensor for where in bound.sources.values()})
+    limits = StepLimits(config.max_batch_tokens, config.max_num_seqs, config.logit_rows, bound.config.max_position)
+    arena = plan_buffers(program, limits, (), lambda _, width: 4 * width).arena_bytes
+    threads = config.threads or _native.usable_cpu_count()
+    cache = KvCache(program.kv_groups, [0] * len(program.kv_groups))
+    return plan_memory(
+        memory_budget(config.memory),
+        weights=weights,
+        scratch=arena + _FIXED_BYTES + threads * 24 * program.vocab_size,
+        groups=program.kv_groups,
+        pages_needed=lambda length: cache.pages_needed(length, config.max_batch_tokens),
+        longest=bound.config.max_position,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+    )
+
+
+def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel) -> SizedWeights:
+    if config.backend == "torch":
+        return DecodedWeights(checkpoint, bound)
+    from tokenmill.weights.packing import load_weights
+
+    cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
+    return load_weights(checkpoint, bound, cache_dir, threads=config.threads)
+
+
+def _make_backend(
+    config: EngineConfig, program: Program, weights: ModelWeights, limits: StepLimits, ledger: MemoryLedger
+) -> Backend:
+    if config.backend == "torch":
+        from tokenmill.backends.torch import TorchBackend
+
+        return TorchBackend(program, weights, limits, ledger.kv_pages)
+    from tokenmill.backends.native import NativeBackend
+
+    return NativeBackend(program, weights, limits, ledger.kv_pages, threads=config.threads)
+
+
+def _close_all(parts: list[Callable[[], None]]) -> None:
+    while parts:
+        parts.pop()()
+
+
+def _values(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now

@@ -1,0 +1,67 @@
+"""The engine's configuration: one frozen object, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tokenmill.engine.ledger import parse_size
+from tokenmill.engine.scheduler import MAX_SCORED_ROWS
+from tokenmill.errors import UsageError
+from tokenmill.program.kv import KvElement
+
+KV_ELEMENTS = {"f16": KvElement.F16, "bf16": KvElement.BF16, "f32": KvElement.F32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What :class:`tokenmill.llm.LLM` was asked for. Raises UsageError naming parameter, value and allowed range."""
+
+    model: str | Path
+    backend: Literal["native", "torch"] = "native"
+    memory: int | str | None = None
+    """Bytes, or a size such as "6GB"; None: most of what the machine or its cgroup has available."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt and output; None: the model's own maximum, or what fits."""
+    max_num_seqs: int = 16
+    """Most sequences that run at once."""
+    max_batch_tokens: int = 512
+    """Most tokens of one step: long prompts are computed in chunks of at most this size."""
+    kv_cache_dtype: str = "f16"
+    threads: int = 0
+    """Threads of a step; 0: all that the process may use."""
+    cache_dir: str | Path | None = None
+    """Folder of the build cache."""
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("native", "torch"):
+            raise UsageError(f'backend is {self.backend!r}; it must be "native" or "torch"')
+        if self.memory is not None:
+            parse_size(self.memory)
+        _check("max_model_len", self.max_model_len, 2, 2**30, optional=True)
+        _check("max_num_seqs", self.max_num_seqs, 1, 4096)
+        _check("max_batch_tokens", self.max_batch_tokens, self.max_num_seqs, 2**20)
+        if self.kv_cache_dtype not in KV_ELEMENTS:
+            raise UsageError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; it must be one of {', '.join(KV_ELEMENTS)}")
+        _check("threads", self.threads, 0, 1024)
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise UsageError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False")
+
+    @property
+    def kv_element(self) -> KvElement:
+        return KV_ELEMENTS[self.kv_cache_dtype]
+
+    @property
+    def logit_rows(self) -> int:
+        """Rows of logits of one step."""
+        return max(self.max_num_seqs, MAX_SCORED_ROWS)
+
+
+def _check(name: str, value: object, low: int, high: int, *, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        reason = " (max_num_seqs)" if name == "max_batch_tokens" else ""
+        raise UsageError(f"{name} is {value!r}; it must be a whole number, {low}{reason} to {high}")

@@ -1,0 +1,351 @@
+"""The front door: load a model, generate, stream, chat, score.
+
+>>> with LLM("smollm2-135m") as llm:
+...     output = llm.generate("The capital of France is", SamplingParams(max_tokens=8, temperature=0))[0]
+...     print(output.text)
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+
+from tokenmill.backends.backend import Float32
+from tokenmill.engine.assemble import load_model
+from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.engine import EventStream
+from tokenmill.engine.ledger import MemoryLedger
+from tokenmill.engine.messages import (
+    AddRequest,
+    EngineError,
+    Failed,
+    Finished,
+    PromptScored,
+    TokenLogprobs,
+    TokenOutput,
+)
+from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
+from tokenmill.errors import UsageError
+from tokenmill.models import ModelConfig
+from tokenmill.sampling import SamplingParams
+from tokenmill.sources import resolve
+from tokenmill.tokenizer import Tokenizer
+
+__all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+
+
+class PromptError(UsageError):
+    """A prompt that cannot be run: empty, longer than the context, or with ids outside of the vocabulary."""
+
+
+class LLM:
+    """One loaded model. All methods may be called from many threads; their requests run together.
+
+    ``model`` is a catalogue name, a ``.gguf`` file, a folder with ``config.json`` and safetensors, or ``org/name`` on
+    the Hugging Face hub. The other parameters are those of :class:`tokenmill.engine.config.EngineConfig`.
+
+    Raises UsageError for a parameter out of range, SourceError if the model cannot be found or fetched, ModelFileError
+    and UnsupportedModelError for a file that cannot be run, MemoryLimitError if it does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        backend: Literal["native", "torch"] = "native",
+        memory: int | str | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 16,
+        max_batch_tokens: int = 512,
+        kv_cache_dtype: str = "f16",
+        threads: int = 0,
+        cache_dir: str | Path | None = None,
+        enable_prefix_caching: bool = True,
+    ) -> None:
+        self.config = EngineConfig(
+            model=model,
+            backend=backend,
+            memory=memory,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_batch_tokens=max_batch_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            threads=threads,
+            cache_dir=cache_dir,
+            enable_prefix_caching=enable_prefix_caching,
+        )
+        loaded = load_model(self.config, resolve(model))
+        self.path: Path = loaded.path
+        """The model file or folder."""
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        self.generation_defaults: Mapping[str, Any] = loaded.generation_defaults
+        """Sampling parameters that the model's authors recommend."""
+        self.architecture: str = loaded.bound.architecture
+        self.model_config: ModelConfig = loaded.bound.config
+        self.memory: MemoryLedger = loaded.ledger
+        """What the engine's memory is spent on; ``print(llm.memory)`` shows a table."""
+        self.start_seconds: Mapping[str, float] = loaded.seconds
+        """Where the time of the start went."""
+        self.engine = loaded.engine
+        self._vocab_size = loaded.bound.program.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a sequence, prompt and output."""
+        return self.memory.max_model_len
+
+    # ---- generating ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """One output per prompt, in their order.
+
+        ``prompts`` is a text, a list of token ids, or a list of either; ``params`` one for all, one for each, or None
+        for the model's defaults. Text gets the special tokens that the model wants at its beginning. Raises PromptError
+        and SamplingError before anything runs, EngineError if a prompt fails (the others are cancelled).
+        """
+        batch = _as_batch(prompts)
+        requests = self._requests(batch, params)
+        run = _Run(self, requests)
+        outputs = [
+            RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
+            for prompt, request in zip(batch, requests, strict=True)
+        ]
+        run.finish()
+        for output, request in zip(outputs, requests, strict=True):
+            if request.params.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *run.scores[request.request_id]]
+        return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> OutputStream:
+        """The output of one prompt, piece by piece as it comes. Closing the iterator cancels the request.
+
+        Raises as :meth:`generate` does, at the call and not at the first piece.
+        """
+        return OutputStream(_Run(self, self._requests([prompt], params)))
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **template_arguments: Any,
+    ) -> RequestOutput:
+        """The model's answer to a conversation, through its chat template.
+
+        ``messages`` are mappings with ``role`` and ``content``. Without ``params`` the model's defaults hold and the
+        answer may be as long as the context allows. Raises ChatTemplateError if the model has no template or it
+        refuses the conversation, else as :meth:`generate`.
+        """
+        prompt = self.tokenizer.encode_chat(
+            messages, tools, documents, add_generation_prompt, chat_template, **template_arguments
+        )
+        return self.generate(prompt, params or self.default_params(max_tokens=None))[0]
+
+    def score(self, tokens: Prompt) -> Float32:
+        """Log-probability of each token given those before it: ``[len(tokens) - 1]``, from the second token on.
+
+        Logits exist for at most 64 tokens at a time. Raises PromptError and EngineError.
+        """
+        (ids,) = self._prompt_ids([tokens], room=0)
+        params = SamplingParams(seed=0, prompt_logprobs=0)
+        request = AddRequest(self.engine.new_request_id(), ids, params, score_only=True, arrival=time.monotonic())
+        run = _Run(self, [request])
+        run.finish()
+        return np.array([item.logprob for item in run.scores[request.request_id]], dtype=np.float32)
+
+    def default_params(self, **overrides: Any) -> SamplingParams:
+        """The model's recommended sampling parameters with some replaced."""
+        return SamplingParams.from_defaults(self.generation_defaults, **overrides)
+
+    # ---- text ------------------------------------------------------------------------------------------------------
+
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of ``text``, with the special tokens that the model wants at its beginning."""
+        return self.tokenizer.encode(text, add_special=add_special)
+
+    def detokenize(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of ``token_ids``."""
+        return self.tokenizer.decode(token_ids, skip_special=skip_special)
+
+    # ---- lifetime --------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stops the engine and frees its memory; open requests end with EngineDeadError. Safe to call twice."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[AddRequest]:
+        if params is None:
+            params = self.default_params()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts came with {len(each)} SamplingParams; give one, or one for each")
+        for own in each:
+            if not isinstance(own, SamplingParams):
+                raise UsageError(f"params holds {type(own).__name__}; it must be SamplingParams")
+            own.check_vocabulary(self._vocab_size)
+        arrival = time.monotonic()
+        return [
+            AddRequest(
+                self.engine.new_request_id(),
+                ids,
+                own.with_seed(secrets.randbits(64)),
+                self.tokenizer.eos_ids,
+                arrival=arrival,
+            )
+            for ids, own in zip(self._prompt_ids(prompts, room=1), each, strict=True)
+        ]
+
+    def _prompt_ids(self, prompts: Sequence[Prompt], room: int) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
+        """Token ids of each prompt, checked; ``room`` is how many tokens must fit after them."""
+        checked = []
+        for number, prompt in enumerate(prompts):
+            name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
+            ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+            if not prompt or not ids:
+                raise PromptError(f"{name} is empty: it needs at least one token")
+            for token in ids:
+                if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                    raise PromptError(f"{name} holds {token!r}; a prompt is a text or a list of token ids")
+                if not 0 <= token < self._vocab_size:
+                    raise PromptError(
+                        f"{name} holds token {token}, outside of the vocabulary 0..{self._vocab_size - 1}"
+                    )
+            if len(ids) + room > self.max_model_len:
+                rest = f" with room for {room} more" if room else ""
+                raise PromptError(
+                    f"{name} has {len(ids)} tokens, the context takes {self.max_model_len}{rest}; "
+                    f"shorten it or raise max_model_len (the model's own maximum is {self.model_config.max_position})"
+                )
+            checked.append(np.array(ids, dtype=np.int32))
+        return checked
+
+
+class OutputStream(Iterator[StreamChunk]):
+    """The pieces of one request's output. Closing it, or dropping it before its end, cancels the request."""
+
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self._chunks = run.chunks()
+
+    def __next__(self) -> StreamChunk:
+        return next(self._chunks)
+
+    def close(self) -> None:
+        """Cancels the request if it has not ended."""
+        self._run.cancel()
+
+    def __enter__(self) -> OutputStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Run:
+    """Requests on their way, and what has come of them."""
+
+    def __init__(self, llm: LLM, requests: Sequence[AddRequest]) -> None:
+        self._llm = llm
+        self._builders = {
+            (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer.detokenizer(continues=True))
+            for request in requests
+            for index in range(1 if request.score_only else request.params.n)
+        }
+        self._open = set(self._builders)
+        self._numbers = {request.request_id: number for number, request in enumerate(requests)}
+        self.scores: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
+        self._events: EventStream = llm.engine.submit(list(requests))
+
+    def outputs(self, request: AddRequest) -> list[CompletionOutput]:
+        """The outputs of a request, growing while :meth:`chunks` runs."""
+        return [self._builders[request.request_id, index].output for index in range(request.params.n)]
+
+    def finish(self) -> None:
+        """Follows the requests to their end."""
+        for _ in self.chunks():
+            pass
+
+    def cancel(self) -> None:
+        """Stops what has not ended."""
+        for request_id in {request_id for request_id, _ in self._open}:
+            self._llm.engine.cancel(request_id)
+        self._open.clear()
+
+    def chunks(self) -> Iterator[StreamChunk]:
+        """Follows the requests to their end. Whatever ends this early (an error, Ctrl-C, closing) cancels them."""
+        try:
+            while self._open:
+                event = self._events.next_event()
+                match event:
+                    case TokenOutput():
+                        builder = self._builders[event.request_id, event.index]
+                        if not builder.done:
+                            yield builder.token(event)
+                            if builder.done:  # a stop string: the engine does not know of it
+                                self._llm.engine.cancel(event.request_id, event.index)
+                    case Finished():
+                        self._open.discard((event.request_id, event.index))
+                        builder = self._builders[event.request_id, event.index]
+                        told = builder.done
+                        chunk = builder.finish(event)
+                        if not told:
+                            yield chunk
+                    case PromptScored():
+                        self.scores[event.request_id] += event.logprobs
+                    case Failed():
+                        self._open = {key for key in self._open if key[0] != event.request_id}
+                        which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
+                        raise EngineError(which + event.error)
+        finally:
+            self.cancel()
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, whether one or several were given."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise UsageError(
+            f"prompts is {type(prompts).__name__}; it must be a text, a list of token ids, or a list of them"
+        )
+    batch = list(prompts)
+    if batch and all(isinstance(item, int | np.integer) for item in batch):
+        return [batch]  # type: ignore[list-item]
+    for number, item in enumerate(batch):
+        if not isinstance(item, str | Sequence):
+            raise UsageError(f"prompt {number} is {type(item).__name__}; it must be a text or a list of token ids")
+    return batch  # type: ignore[return-value]
