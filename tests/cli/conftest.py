@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tokenmill.cli import main
+from tokenmill.sampling import SamplingParams
 
 
 class Result(NamedTuple):
@@ -82,6 +83,9 @@ class FakeLLM:
             finished = True
         finally:
             self.cancelled += not finished
+
+    def default_params(self, **overrides: Any) -> SamplingParams:
+        return SamplingParams.from_defaults(self.generation_defaults, **overrides)
 
     def __enter__(self) -> FakeLLM:
         return self

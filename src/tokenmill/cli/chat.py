@@ -45,24 +45,26 @@ def chat(
     seed: options.Seed = None,
     memory: options.Memory = None,
     max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = 0,
+    backend: options.BackendName = "native",
 ) -> None:
     """Chat with a model. /help lists what else can be typed."""
     from tokenmill.sources import DEFAULT_MODEL
 
     model = model or DEFAULT_MODEL
-    with open_model(model, memory=memory, max_model_len=max_model_len) as llm:
+    with open_model(model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend) as llm:
         if llm.tokenizer.chat_template is None:
             raise UsageError(f"{model} has no chat template; use: tokenmill generate {model} PROMPT")
-        params = options.sampling_params(
-            llm,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        params = llm.default_params(max_tokens=max_tokens, **overrides)
         Chat(llm, params, Conversation(system)).run()
 
 

@@ -62,6 +62,7 @@ def doctor(
 
     native = _native_report()
     cpu, budget, folders, versions = processor(), memory_budget(None), _cache_folders(), _versions()
+    engine = _engine_defaults()
     settings = {name: os.environ.get(name) for name in _SETTINGS}
     if as_json:
         report = {
@@ -69,6 +70,7 @@ def doctor(
             "processor": asdict(cpu),
             "kernels": native,
             "memory": {"total": _total_memory(), "budget": budget.limit, "source": budget.source},
+            "engine defaults": engine,
             "caches": [asdict(folder) for folder in folders],
             "settings": settings,
         }
@@ -84,9 +86,10 @@ def doctor(
         print("\nkernels")
         _print_kernels(native)
         print("\nmemory")
-        print(
-            f"  {megabytes(_total_memory())} in all; budget without --memory: {megabytes(budget.limit)}, {budget.source}"
-        )
+        print(f"  {megabytes(_total_memory())} in all")
+        print(f"  budget if none is given: {megabytes(budget.limit)}, {budget.source}")
+        print("\nengine defaults")
+        print("  " + ", ".join(f"{name} {value}" for name, value in engine.items()))
         print("\ncaches")
         print_table(
             ("  folder", "size", "", "path"),
@@ -131,6 +134,14 @@ def _print_kernels(native: dict[str, object]) -> None:
         ("  kernels", "path", "ops"),
         [(f"  {family}", path, ", ".join(ops)) for family, ops in KERNEL_FAMILIES.items()],
     )
+
+
+def _engine_defaults() -> dict[str, object]:
+    """What the engine's configuration says unless it is told otherwise."""
+    from tokenmill.engine.config import EngineConfig
+
+    config = asdict(EngineConfig(model=""))
+    return {name: "automatic" if value is None else value for name, value in config.items() if name != "model"}
 
 
 def _total_memory() -> int:
