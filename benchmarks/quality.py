@@ -33,7 +33,8 @@ from tokenmill.models import bind
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import load_tokenizer
-from tokenmill.weights import load_weights, open_checkpoint
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.packing import load_weights
 
 WINDOW = 512
 ROWS = 64

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tokenmill.sources import resolve
-from tokenmill.weights import open_checkpoint
+from tokenmill.weights.checkpoint import open_checkpoint
 
 PROMPT = "def fibonacci(n):"
 

@@ -1,148 +1,199 @@
-"""Types of the compiled module; see csrc/bindings for what each part does."""
+"""Tokenmill's CPU kernels and program executor."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
+import numpy
+from numpy.typing import NDArray
 
-Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
-UInt8 = npt.NDArray[np.uint8]
 
-# bindings.cpp
-def active_isa() -> str: ...
-def available_isas() -> list[str]: ...
-def set_active_isa(name: str) -> None: ...
-def usable_cpu_count() -> int: ...
+def active_isa() -> str:
+    """Name of the instruction-set path in use."""
 
-# thread_pool.cpp
-def cgroup_cpu_quota(membership: str, mount: str) -> float: ...
+def available_isas() -> list[str]:
+    """Names of the paths that this processor can run, slowest first."""
 
-class ThreadPool:
-    def __init__(self, threads: int) -> None: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def pinned(self) -> bool: ...
-    def fork_join(self, times: int) -> list[int]: ...
-    def default_environment(self) -> list[bool]: ...
+def set_active_isa(arg: str, /) -> None:
+    """
+    Switches the path in use, for tests and benchmarks. Not while a step runs.
+    """
 
-# pointwise.cpp
-def rms_norm(x: Float32, weight: Float32, out: Float32, eps: float, weight_offset: float = 0.0) -> None: ...
-def gated_activation(activation: int, gate: Float32, up: Float32, out: Float32) -> None: ...
-def softcap(x: Float32, cap: float, out: Float32) -> None: ...
+def usable_cpu_count() -> int:
+    """Threads allowed by the affinity mask and the cgroup's CPU quota."""
 
-# executor.cpp
-def value_row_bytes(format: int, width: int) -> int: ...
+def value_row_bytes(format: int, width: int) -> int:
+    """Bytes of one row of a value; a multiple of 64."""
 
 class Matrix:
-    def __init__(self, format: int, n: int, k: int, data: UInt8) -> None: ...
+    """A packed weight matrix [n, k] (csrc/kernels/linear.h)."""
+
+    def __init__(self, format: int, n: int, k: int, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
 
 class LinearPart:
-    def __init__(self, x: int, matrix: Matrix, out: int, bias: Float32 | None, residual: int | None) -> None: ...
+    """
+    out = x @ matrix.T (+ bias) (+ residual); values by the ids of add_value.
+    """
+
+    def __init__(self, x: int, matrix: Matrix, out: int, bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, residual: int | None) -> None: ...
 
 class Executor:
-    def __init__(
-        self, tokens: int, sequences: int, sampled: int, context: int, vocab_size: int, threads: int
-    ) -> None: ...
-    def add_kv_group(
-        self, layers: int, kv_heads: int, head_dim: int, window: int | None, element: int, pages: int
-    ) -> int: ...
+    """Runs a program, step by step. Build it op by op, prepare it, run it."""
+
+    def __init__(self, tokens: int, sequences: int, sampled: int, context: int, vocab_size: int, threads: int) -> None: ...
+
+    def add_kv_group(self, layers: int, kv_heads: int, head_dim: int, window: int | None, element: int, pages: int) -> int: ...
+
     def add_value(self, offset: int, row_bytes: int, width: int, format: int, sampled: bool) -> int: ...
+
     def add_embed(self, matrix: Matrix, out: int, scale: float) -> None: ...
-    def add_rms_norm(
-        self,
-        x: int,
-        weight: Float32,
-        out: int | None,
-        quantized: Sequence[int],
-        eps: float,
-        group_width: int,
-        weight_offset: float,
-    ) -> None: ...
+
+    def add_rms_norm(self, x: int, weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: int | None, quantized: Sequence[int], eps: float, group_width: int, weight_offset: float) -> None: ...
+
     def add_linear_group(self, parts: Sequence[LinearPart]) -> None: ...
-    def add_rope(
-        self,
-        x: int,
-        out: int,
-        heads: int,
-        head_dim: int,
-        rotary_dim: int,
-        style: int,
-        frequencies: Sequence[float],
-        magnitude: float,
-    ) -> None: ...
-    def add_attention(
-        self,
-        q: int,
-        k: int,
-        v: int,
-        out: int | None,
-        quantized: Sequence[int],
-        layer: int,
-        group: int,
-        heads: int,
-        scale: float,
-        softcap: float | None,
-    ) -> None: ...
-    def add_gated_activation(
-        self, gate: int, up: int, out: int | None, quantized: Sequence[int], activation: int
-    ) -> None: ...
+
+    def add_rope(self, x: int, out: int, heads: int, head_dim: int, rotary_dim: int, style: int, frequencies: Sequence[float], magnitude: float) -> None: ...
+
+    def add_attention(self, q: int, k: int, v: int, out: int | None, quantized: Sequence[int], layer: int, group: int, heads: int, scale: float, softcap: float | None) -> None: ...
+
+    def add_gated_activation(self, gate: int, up: int, out: int | None, quantized: Sequence[int], activation: int) -> None: ...
+
     def add_add(self, a: int, b: int, out: int) -> None: ...
+
     def add_softcap(self, x: int, out: int, cap: float) -> None: ...
+
     def add_gather_sampled(self, x: int, out: int) -> None: ...
+
     def add_quantize(self, x: int, out: int) -> None: ...
+
     def prepare(self) -> None: ...
-    def run(self, plan: Int32, first: int, last: int) -> None: ...
-    def diagnose(self, plan: Int32, sampled_row: int) -> int: ...
-    def value(self, id: int, rows: int) -> Float32: ...
-    def kv_plane(self, group: int, plane: int) -> npt.NDArray[np.uint16] | Float32: ...
+
+    def run(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int) -> None:
+        """
+        Executes ops [first, last) without the GIL. Raises ValueError for a bad plan.
+        """
+
+    def diagnose(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], sampled_row: int) -> int:
+        """Index of the first op with a non-finite result, or -1."""
+
+    def value(self, id: int, rows: int) -> object: ...
+
+    def kv_plane(self, group: int, plane: int) -> object: ...
+
     def copy_page(self, group: int, from_page: int, to_page: int) -> None: ...
+
     @property
     def op_count(self) -> int: ...
+
     @property
     def threads(self) -> int: ...
+
     @property
     def scratch_bytes(self) -> int: ...
+
     @property
     def kv_bytes(self) -> int: ...
 
-# sampler.cpp
+def packed_bytes(format: int, n: int, k: int) -> int:
+    """
+    Bytes of a packed [n, k] matrix: the file's bytes with n padded to a multiple of 16. ValueError if k does not fit.
+    """
+
+def pack_matrix(format: int, source: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], n: int, k: int, out: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], threads: int = 0) -> None:
+    """
+    Repacks rows in GGUF block layout (uint8, n * bytes of a row) into `out` (uint8, packed_bytes). Exact.
+    threads = 0: all usable. The GIL is released.
+    """
+
+def decode_packed_rows(format: int, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], n: int, k: int, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> NDArray[numpy.float32]:
+    """
+    Rows (int32) of a packed matrix as fp32 [len(rows), k], equal to the file format's reference decoding.
+    """
+
+def quantize_rows(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], format: int) -> tuple:
+    """
+    x (fp32 [m, k]) as int8 activations: codes int8 [m, k], scales fp32 [m, groups], sums of codes int32 per 32
+    (INT8_GROUP32) or per 16 (INT8_GROUP256) columns. A group with NaN or infinity has scale NaN and codes 0.
+    """
+
+def linear(format: int, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], n: int, k: int, x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None = None, residual: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)] | None = None, threads: int = 0) -> NDArray[numpy.float32]:
+    """
+    x @ weight.T (+ bias [n]) (+ residual [m, n]) as fp32 [m, n]; x (fp32 [m, k]) is quantized as the format asks.
+    """
+
+def rms_norm(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')], eps: float, weight_offset: float = 0.0) -> None:
+    """
+    x / sqrt(mean(x^2) + eps) * (weight + weight_offset) over groups of len(weight) elements of each row.
+    """
+
+def gated_activation(activation: int, gate: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], up: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """activation(gate) * up; activation 0 is SiLU, 1 GELU, 2 GELU by tanh."""
+
+def softcap(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], cap: float, out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu')]) -> None:
+    """cap * tanh(x / cap)."""
+
+def read_bytes_per_second(bytes: int, threads: int = 0, seconds: float = 0.3) -> float:
+    """Best streaming read rate over a working set of `bytes`."""
+
+def int8_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float:
+    """
+    Best rate of int8 multiply and add operations of the path in use, from registers.
+    """
+
+def f32_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float:
+    """
+    Best rate of fp32 multiply and add operations of the path in use, from registers.
+    """
+
 class SamplerSettings:
-    def __init__(
-        self,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        typical_p: float = 1.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        seed: int = 0,
-        sample_index: int = 0,
-        min_tokens: int = 0,
-        end_ids: Sequence[int] = (),
-        bias_ids: Sequence[int] = (),
-        biases: Sequence[float] = (),
-        logprobs: int = -1,
-    ) -> None: ...
+    """One request's sampling parameters, converted once."""
+
+    def __init__(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0, sample_index: int = 0, min_tokens: int = 0, end_ids: Sequence[int] = [], bias_ids: Sequence[int] = [], biases: Sequence[float] = [], logprobs: int = -1) -> None: ...
 
 class Sampler:
+    """Picks tokens from rows of logits; one caller at a time."""
+
     def __init__(self, vocabulary: int, threads: int = 1) -> None: ...
+
     @property
     def scratch_bytes(self) -> int: ...
-    def sample(
-        self,
-        logits: Float32,
-        rows: Int32,
-        settings: Sequence[SamplerSettings],
-        tokens: Sequence[Int32],
-        prompt_tokens: Int32,
-    ) -> tuple[Int32, Int32, Float32, Int32, Int32, Float32]: ...
-    def score(
-        self, logits: Float32, rows: Int32, targets: Int32, best: int = 0
-    ) -> tuple[Int32, Int32, Float32, Int32, Int32, Float32]: ...
 
-def draw_words(seed: int, sample_index: int, position: int, purpose: int = 0) -> list[int]: ...
+    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
+        """
+        Returns (ids, status, logprobs, ranks, best_ids, best_logprobs), each with one entry per element of `rows`.
+
+        `tokens` holds each sequence's prompt and output so far (int32). Status is 0, 1 (NaN or infinity in the row)
+        or 2 (nothing may be picked). Log-probabilities are of the logits as given.
+        """
+
+    def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], best: int = 0) -> tuple:
+        """
+        Like `sample`, for given tokens: log-probability and rank of targets[i] in row rows[i], and its best tokens.
+        """
+
+def draw_words(seed: int, sample_index: int, position: int, purpose: int = 0) -> list[int]:
+    """Four random words of Philox4x32-10 for one draw."""
+
+def cgroup_cpu_quota(membership: str, mount: str) -> float:
+    """
+    CPU quota, in CPUs, that /proc/self/cgroup and the cgroup mount at these places grant; inf if none.
+    """
+
+class ThreadPool:
+    """The executor's thread pool, bound for tests."""
+
+    def __init__(self, threads: int) -> None: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def pinned(self) -> bool:
+        """Whether every worker is bound to a core of its own."""
+
+    def fork_join(self, times: int) -> list[int]:
+        """Runs an empty job `times` times; returns how often each thread ran it."""
+
+    def default_environment(self) -> list[bool]:
+        """
+        Per thread, whether rounding is to nearest even and subnormals are kept.
+        """

@@ -18,7 +18,8 @@ from tokenmill.backends.backend import StepLimits
 from tokenmill.models import bind
 from tokenmill.program.kv import PAGE_TOKENS
 from tokenmill.program.step import SequenceStep, lay_plan
-from tokenmill.weights import load_weights, open_checkpoint
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.packing import load_weights
 
 LIMITS = StepLimits(tokens=1024, sequences=24, sampled=1024, context=1024)
 PAGES = 256
