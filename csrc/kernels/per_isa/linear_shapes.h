@@ -7,7 +7,11 @@
 #include "kernels/simd.h"
 
 // Lambdas in unrolled loops must be inlined, or the accumulators they capture live on the stack.
+#if defined(__SANITIZE_ADDRESS__)
+#define TM_UNROLLED
+#else
 #define TM_UNROLLED __attribute__((always_inline))
+#endif
 
 namespace tokenmill::TM_ISA {
 
@@ -41,7 +45,11 @@ TM_INLINE void unroll(Body body) {
 // kDirectRows: up to here reading the packed stream (again for every kDirect rows) beats unpacking a tile.
 #if defined(TM_PATH_AVX512)
 inline constexpr int kTileRows = 4, kTileBlocks = 3, kDirectRows = 12;
+#if defined(TM_HAS_VNNI)
 using DirectRows = Indices<8, 6, 4, 3, 2, 1>;
+#else  // compute-bound from a few rows on
+using DirectRows = Indices<4, 2, 1>;
+#endif
 #elif defined(TM_PATH_AVX2)
 inline constexpr int kTileRows = 3, kTileBlocks = 1, kDirectRows = 8;
 using DirectRows = Indices<4, 2, 1>;
