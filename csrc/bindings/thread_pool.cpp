@@ -3,6 +3,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
+#include <thread>
 #include <vector>
 
 #include "platform/thread_pool.h"
@@ -32,7 +34,11 @@ std::vector<int64_t> fork_join(ThreadPool& pool, int64_t times) {
 // Per thread: does a subnormal survive, and does 1 + 2^-24 round to even (downwards)?
 std::vector<bool> default_environment(ThreadPool& pool) {
   std::vector<Counter> ok(static_cast<size_t>(pool.size()));
-  pool.run([&](int index, int) {
+  std::atomic<int> started{0};
+  pool.run([&](int index, int count) {
+    // Holds every thread until all have a share, or the caller would take over those of late workers.
+    started.fetch_add(1);
+    while (started.load() < count) std::this_thread::yield();
     volatile float tiny = 0x1p-126f, half = 0.5f, one = 1.0f, ulp_half = 0x1p-24f, three_halves = 0x1.8p-23f;
     const float subnormal = tiny * half;
     const float down = one + ulp_half, up = one + three_halves;
@@ -52,7 +58,7 @@ void bind_thread_pool(nb::module_& m) {
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("size", &ThreadPool::size)
       .def_prop_ro("pinned", &ThreadPool::pinned, "Whether every worker is bound to a core of its own.")
-      .def("fork_join", &fork_join, "times"_a, "Runs an empty job `times` times; returns how often each thread ran it.")
+      .def("fork_join", &fork_join, "times"_a, "Runs an empty job `times` times; returns how often each share of it ran.")
       .def("default_environment", &default_environment,
            "Per thread, whether rounding is to nearest even and subnormals are kept.");
 }

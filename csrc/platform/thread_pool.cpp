@@ -108,6 +108,11 @@ std::vector<int> affinity() {
   return cpus;
 }
 
+int pool_size(int threads) {
+  if (threads < 0) throw std::invalid_argument("threads must be 0 (all usable) or positive");
+  return threads == 0 ? usable_cpu_count() : threads;
+}
+
 }  // namespace
 
 double cgroup_cpu_quota(const std::string& membership, const std::string& mount) {
@@ -137,8 +142,8 @@ int usable_cpu_count() {
   return std::max(count, 1);
 }
 
-ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cpu_count() : threads), birth_(fork_count()) {
-  if (threads < 0) throw std::invalid_argument("threads must be 0 (all usable) or positive");
+ThreadPool::ThreadPool(int threads)
+    : size_(pool_size(threads)), birth_(fork_count()), shares_(static_cast<size_t>(size_)) {
   workers_.reserve(static_cast<size_t>(size_ - 1));
   for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { worker(index); });
   pin_workers();
@@ -178,11 +183,18 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
   job_ = job;
   context_ = context;
   remaining_.store(static_cast<uint32_t>(size_ - 1), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_seq_cst);
+  const uint32_t generation = generation_.fetch_add(1, std::memory_order_seq_cst) + 1;
   // A worker announces itself as a sleeper before it looks at the generation a last time, so either it sees the new
   // generation or this thread sees the sleeper.
   if (sleepers_.load(std::memory_order_seq_cst) != 0) generation_.notify_all();
   job(context, 0, size_);
+  uint32_t taken = 0;
+  for (int index = 1; index < size_; ++index) {
+    if (!shares_[static_cast<size_t>(index)].claim(generation)) continue;
+    job(context, index, size_);
+    ++taken;
+  }
+  if (remaining_.fetch_sub(taken, std::memory_order_acq_rel) == taken) return;
   const auto joined = [this] { return remaining_.load(std::memory_order_acquire) == 0; };
   if (spin(kCallerSpin, joined)) return;
   for (uint32_t left; (left = remaining_.load(std::memory_order_acquire)) != 0;) {
@@ -192,7 +204,8 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
 
 void ThreadPool::worker(int index) {
   const FloatEnvironment environment;
-  for (uint32_t seen = 0;; ++seen) {
+  Share& share = shares_[static_cast<size_t>(index)];
+  for (uint32_t seen = 0;;) {
     const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
     while (!spin(kWorkerSpin, called)) {
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -200,6 +213,9 @@ void ThreadPool::worker(int index) {
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
     }
     if (stopping_.load(std::memory_order_relaxed)) return;
+    // Once the share is claimed the caller waits for it, so that job and context belong to this generation.
+    seen = generation_.load(std::memory_order_acquire);
+    if (!share.claim(seen)) continue;
     job_(context_, index, size_);
     // The caller may be waiting in the kernel; notify_one is a load and a branch when nobody is.
     if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) remaining_.notify_one();

@@ -3,6 +3,10 @@
 // Measured reasons for its shape: a fork and join costs 0.13 us while spinning and 50 us through a futex, and long
 // spins beside a competing process are catastrophic; so workers spin for about 50 us and then sleep.
 //
+// Late workers: a fork hands out one share per thread. A worker claims its share when it arrives; the caller, done with
+// its own, takes over every share that nobody has claimed. So a worker that sleeps, or that another process keeps from
+// running, delays nobody; the caller waits only for shares that are being worked on.
+//
 // Pinning: if the affinity mask holds exactly as many CPUs as the pool has threads, each worker is bound to one of
 // them, and the calling thread finds the one left free; TOKENMILL_PIN=0 forbids it. The calling thread is never bound:
 // it is the application's.
@@ -39,7 +43,9 @@ class ThreadPool {
   // Whether every worker is bound to a CPU of its own.
   bool pinned() const { return pinned_; }
 
-  // Runs job(thread_index, thread_count) on every thread, the caller as index 0, and returns when all are done.
+  // Runs job(index, count) once for every index below the count of threads, the caller's own being 0, and returns when
+  // all are done. No two calls of one index overlap, so an index may own scratch memory; indices run at the same time
+  // or, where a worker is late, one after the other on the caller, so they must not wait for each other without need.
   // The job must not throw. Not reentrant; one caller at a time. Every thread runs with round-to-nearest and
   // denormals kept (NUMERICS N1), whatever the caller's floating-point environment is; the caller's is restored.
   template <class Job>
@@ -63,6 +69,16 @@ class ThreadPool {
   const int birth_;  // forks of this process's ancestors when the pool was made
   RawJob job_ = nullptr;
   const void* context_ = nullptr;
+  // The last generation whose share of worker `index` was claimed; one behind generation_ while it waits for a taker.
+  struct alignas(64) Share {
+    std::atomic<uint32_t> claimed{0};
+    bool claim(uint32_t generation) {
+      uint32_t before = generation - 1;
+      return claimed.load(std::memory_order_relaxed) == before &&
+             claimed.compare_exchange_strong(before, generation, std::memory_order_acq_rel);
+    }
+  };
+  std::vector<Share> shares_;  // [0] is not used
   alignas(64) std::atomic<uint32_t> generation_{0};
   alignas(64) std::atomic<uint32_t> remaining_{0};
   alignas(64) std::atomic<uint32_t> sleepers_{0};
