@@ -6,7 +6,7 @@
 ``tokenizer_references.py``.
 
 Where the two differ, the authority is the model's own tokenizer as `transformers` runs it, because the model was
-trained on its ids; ``llama_cpp_reading`` lists the three differences, and ``texts(assigned_only=True)`` keeps out
+trained on its ids; ``llama_cpp_reading`` lists the differences, and ``texts(assigned_only=True)`` keeps out
 characters that the Unicode tables of one of them do not have yet. Which tokens are control tokens, though, is what the
 GGUF file says: files mark more tokens so (fill-in-the-middle, unused ones) than ``tokenizer.json`` does, and
 `transformers` recognises those in text even where control tokens are text. So the comparison of plain text is

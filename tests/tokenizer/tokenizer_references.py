@@ -13,7 +13,6 @@ import subprocess
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,13 @@ def llama_cpp_reading(metadata: Mapping[str, Any]) -> Callable[[str], str]:
     * it does not normalize: Qwen's tokenizer brings text to NFC first;
     * it takes runs of U+2581 in a text for single marks: to Gemma's tokenizer they are runs of spaces;
     * it keeps characters apart that the vocabulary cannot spell (SmolLM2's lacks 21 of the 256 bytes) before it drops
-      them: the `tokenizers` library drops them first and merges across.
+      them: the `tokenizers` library drops them first and merges across;
+    * it takes an ordinary token for a control token if it reads like one: Qwen's vocabulary has a word ``</s>``.
     """
     if metadata["tokenizer.ggml.model"] == "llama":
         return lambda text: text.replace("▁", "_")
     if metadata["tokenizer.ggml.pre"] == "qwen2":
-        return partial(unicodedata.normalize, "NFC")
+        return lambda text: unicodedata.normalize("NFC", text).replace("</s>", "</t>")
     known = set(metadata["tokenizer.ggml.tokens"])
     missing = {byte for character, byte in byte_level_alphabet().items() if character not in known}
     return lambda text: "".join(character for character in text if missing.isdisjoint(character.encode()))
