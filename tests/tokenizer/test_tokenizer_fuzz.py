@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizer_references import llama_cpp_reading, llama_cpp_ids, read_gguf, special_tokens, transformers_backend
+from tokenizer_references import llama_cpp_ids, llama_cpp_reading, read_gguf, special_tokens, transformers_backend
 from tokenizer_texts import texts
 
 from tokenmill.tokenizer import load_tokenizer
