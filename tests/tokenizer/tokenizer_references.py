@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 
 from tokenmill.tokenizer.pieces import byte_level_alphabet
@@ -75,6 +76,11 @@ def transformers_backend(name: str, path: Path) -> tokenizers.Tokenizer:
     folder = os.environ.get("TOKENMILL_TEST_TOKENIZERS")
     if folder and (own := Path(folder, name, "tokenizer.json")).is_file():
         return tokenizers.Tokenizer.from_file(str(own))
+    if name.startswith("gemma"):
+        pytest.skip(
+            "the conversion of Gemma's GGUF file gives other ids than Gemma's own tokenizer.json for runs of spaces "
+            "past 31; put that file into $TOKENMILL_TEST_TOKENIZERS"
+        )
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
