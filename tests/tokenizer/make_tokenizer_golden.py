@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from tokenizer_references import llama_cpp_reading, llama_cpp_ids, read_gguf, special_tokens
+from tokenizer_references import llama_cpp_ids, llama_cpp_reading, read_gguf, special_tokens
 from tokenizer_texts import texts
 
 GOLDEN = Path(__file__).with_name("golden_smollm2.jsonl")

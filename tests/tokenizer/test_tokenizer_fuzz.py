@@ -6,7 +6,7 @@
 ``tokenizer_references.py``.
 
 Where the two differ, the authority is the model's own tokenizer as `transformers` runs it, because the model was
-trained on its ids; ``llama_cpp_reading`` lists the three differences, and ``texts(assigned_only=True)`` keeps out
+trained on its ids; ``llama_cpp_reading`` lists the differences, and ``texts(assigned_only=True)`` keeps out
 characters that the Unicode tables of one of them do not have yet. Which tokens are control tokens, though, is what the
 GGUF file says: files mark more tokens so (fill-in-the-middle, unused ones) than ``tokenizer.json`` does, and
 `transformers` recognises those in text even where control tokens are text. So the comparison of plain text is
@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tokenizer_references import llama_cpp_reading, llama_cpp_ids, read_gguf, special_tokens, transformers_backend
+from tokenizer_references import llama_cpp_ids, llama_cpp_reading, read_gguf, special_tokens, transformers_backend
 from tokenizer_texts import texts
 
 from tokenmill.tokenizer import load_tokenizer

@@ -13,10 +13,10 @@ import subprocess
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 
 from tokenmill.tokenizer.pieces import byte_level_alphabet
@@ -59,12 +59,13 @@ def llama_cpp_reading(metadata: Mapping[str, Any]) -> Callable[[str], str]:
     * it does not normalize: Qwen's tokenizer brings text to NFC first;
     * it takes runs of U+2581 in a text for single marks: to Gemma's tokenizer they are runs of spaces;
     * it keeps characters apart that the vocabulary cannot spell (SmolLM2's lacks 21 of the 256 bytes) before it drops
-      them: the `tokenizers` library drops them first and merges across.
+      them: the `tokenizers` library drops them first and merges across;
+    * it takes an ordinary token for a control token if it reads like one: Qwen's vocabulary has a word ``</s>``.
     """
     if metadata["tokenizer.ggml.model"] == "llama":
         return lambda text: text.replace("▁", "_")
     if metadata["tokenizer.ggml.pre"] == "qwen2":
-        return partial(unicodedata.normalize, "NFC")
+        return lambda text: unicodedata.normalize("NFC", text).replace("</s>", "</t>")
     known = set(metadata["tokenizer.ggml.tokens"])
     missing = {byte for character, byte in byte_level_alphabet().items() if character not in known}
     return lambda text: "".join(character for character in text if missing.isdisjoint(character.encode()))
@@ -75,6 +76,11 @@ def transformers_backend(name: str, path: Path) -> tokenizers.Tokenizer:
     folder = os.environ.get("TOKENMILL_TEST_TOKENIZERS")
     if folder and (own := Path(folder, name, "tokenizer.json")).is_file():
         return tokenizers.Tokenizer.from_file(str(own))
+    if name.startswith("gemma"):
+        pytest.skip(
+            "the conversion of Gemma's GGUF file gives other ids than Gemma's own tokenizer.json for runs of spaces "
+            "past 31; put that file into $TOKENMILL_TEST_TOKENIZERS"
+        )
     from transformers import AutoTokenizer
 
     backend = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer

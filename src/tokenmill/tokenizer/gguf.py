@@ -13,7 +13,7 @@ differ, this is what is done here:
 * the text of a control token never merges into the token unless control tokens are asked for, as in SentencePiece,
   even where the vocabulary has the pieces for it; llama.cpp merges on text alone;
 * which tokens are control tokens is what the file says. It marks more so (fill-in-the-middle, unused ones) than
-  ``tokenizer.json`` does.
+  ``tokenizer.json`` does; llama.cpp adds ordinary tokens that read like one, such as the word ``</s>`` of Qwen's.
 """
 
 from __future__ import annotations
