@@ -137,6 +137,19 @@ def test_the_residual_stream_is_updated_in_place() -> None:
     assert places["q.out"] == places["q.rotated"]
 
 
+def test_a_residual_that_the_linear_also_multiplies_is_not_overwritten() -> None:
+    def network(r: Recorder) -> None:
+        x = r.embed("token_embedding", 32)
+        x = r.add(x, r.linear(x, "w", 32), out="sum")
+        r.softcap(x, 3.0, out="capped")
+
+    program = record(network)
+    fused = fuse(program, dict.fromkeys(program.matrices(), WeightFormat.F32))
+    plan = plan_buffers(fused, LIMITS, (), row_bytes)
+    assert plan.placements["embedding"].offset != plan.placements["sum"].offset
+    simulate(fused, plan, ())
+
+
 def test_kept_values_must_exist() -> None:
     with pytest.raises(KeyError, match="cannot keep elsewhere"):
         plan_buffers(record(layer), LIMITS, ["elsewhere"], row_bytes)

@@ -140,6 +140,20 @@ def test_a_residual_that_comes_after_the_linear_is_not_folded_into_it() -> None:
     assert kinds(fuse(program, all_in(program, WeightFormat.F32))) == ["Embed", "Linear", "SoftCap", "Add"]
 
 
+def test_a_linear_takes_one_residual() -> None:
+    def network(r: Recorder) -> None:
+        x = r.embed("token_embedding", 32)
+        y = r.add(r.linear(x, "w", 32), x, out="once")
+        r.add(y, x, out="twice")
+
+    program = record(network)
+    packed = all_in(program, WeightFormat.F32)
+    once = fuse(program, packed)
+    again = fuse(once, packed)
+    assert kinds(once) == kinds(again) == ["Embed", "LinearGroup", "Add"]
+    assert outputs(again, ("twice",))["twice"].tobytes() == outputs(program, ("twice",))["twice"].tobytes()
+
+
 def test_a_sum_of_two_products_folds_into_the_later_one_only() -> None:
     def network(r: Recorder) -> None:
         x = r.embed("token_embedding", 32)

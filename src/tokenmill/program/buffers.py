@@ -100,7 +100,6 @@ def _shared_buffers(program: Program, sizes: Mapping[str, Placement], keep: froz
     buffer_of: dict[str, _Buffer] = {}
     buffers: list[_Buffer] = []
     for index, op in enumerate(program.ops):
-        reused: set[str] = set()
         for value in op.outputs():
             name = value.name
             if name in alone:
@@ -112,7 +111,6 @@ def _shared_buffers(program: Program, sizes: Mapping[str, Placement], keep: froz
                     operand.name
                     for operand in _overwritable(op, value)
                     if operand.name not in alone
-                    and operand.name not in reused
                     and readers[operand.name][-1] == index
                     and sizes[operand.name] == sizes[name]
                 ),
@@ -122,7 +120,6 @@ def _shared_buffers(program: Program, sizes: Mapping[str, Placement], keep: froz
                 buffer_of[name] = _Buffer([name], sizes[name].bytes, index, readers[name][-1])
                 buffers.append(buffer_of[name])
             else:
-                reused.add(donor)
                 buffer = buffer_of[name] = buffer_of[donor]
                 buffer.names.append(name)
                 buffer.last = readers[name][-1]
