@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds a manylinux wheel into wheelhouse/ and proves that it works: it is installed into a clean environment and generates
-# text with no compiler on PATH. The wheel's tag is the oldest glibc that this machine's toolchain allows (manylinux_2_36
-# on Debian 12); build on an older distribution for an older tag.
+# text with no compiler on PATH. auditwheel gives the wheel the oldest tag that its symbols allow, which depends on this
+# machine's toolchain (manylinux_2_34 on Debian 12); build on an older distribution for an older tag.
 # Usage: scripts/build_wheel.sh [MODEL]     MODEL (default smollm2-135m) is pulled for the proof; "none" skips generating.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from tokenmill.cli.terminal import say
+from tokenmill.errors import UsageError
 
 if TYPE_CHECKING:
     from tokenmill.llm import LLM
@@ -41,18 +42,39 @@ class Answer:
         return ", ".join(parts)
 
 
-def open_model(model: str, *, memory: str | None, max_model_len: int | None, quiet: bool = False) -> LLM:
+def open_model(
+    model: str,
+    *,
+    memory: str | None,
+    max_model_len: int | None,
+    threads: int,
+    backend: str,
+    quiet: bool = False,
+) -> LLM:
     """Resolves (and pulls) ``model`` and loads it, saying on standard error where the time goes."""
-    from tokenmill.sources import resolve
+    from tokenmill.sources import SilentProgress, TerminalProgress, resolve
 
-    path = resolve(model)
+    path = resolve(model, SilentProgress() if quiet else TerminalProgress())
     started = time.perf_counter()
     from tokenmill.llm import LLM
 
-    llm = LLM(path, memory=memory, max_model_len=max_model_len)
+    imported = time.perf_counter()
     if not quiet:
-        say(f"{model}: ready in {time.perf_counter() - started:.2f} s")
+        say(f"loading {path}")
+    llm = LLM(path, memory=memory, max_model_len=max_model_len, threads=threads, backend=_backend(backend))
+    if not quiet:
+        laps = {"import the engine": imported - started, **llm.start_seconds}
+        parts = ", ".join(f"{what} {seconds:.2f}" for what, seconds in laps.items() if seconds >= 0.01)
+        say(f"ready in {time.perf_counter() - started:.2f} s ({parts})")
     return llm
+
+
+def _backend(name: str) -> Literal["native", "torch"]:
+    if name == "native":
+        return "native"
+    if name == "torch":
+        return "torch"
+    raise UsageError(f"--backend is {name!r}; it must be native or torch")
 
 
 def stream_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams) -> Answer:
@@ -69,7 +91,7 @@ def stream_answer(llm: LLM, prompt: Sequence[int], params: SamplingParams) -> An
                     answer.first_token = time.perf_counter() - started
                 answer.tokens += len(chunk.token_ids)
                 answer.text += chunk.text
-                answer.finish_reason = chunk.finish_reason
+                answer.finish_reason = chunk.finish_reason or answer.finish_reason
                 sys.stdout.write(chunk.text)
                 sys.stdout.flush()
     except KeyboardInterrupt:

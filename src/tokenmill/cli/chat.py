@@ -45,24 +45,26 @@ def chat(
     seed: options.Seed = None,
     memory: options.Memory = None,
     max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = 0,
+    backend: options.BackendName = "native",
 ) -> None:
     """Chat with a model. /help lists what else can be typed."""
     from tokenmill.sources import DEFAULT_MODEL
 
     model = model or DEFAULT_MODEL
-    with open_model(model, memory=memory, max_model_len=max_model_len) as llm:
+    with open_model(model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend) as llm:
         if llm.tokenizer.chat_template is None:
             raise UsageError(f"{model} has no chat template; use: tokenmill generate {model} PROMPT")
-        params = options.sampling_params(
-            llm,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        params = llm.default_params(max_tokens=max_tokens, **overrides)
         Chat(llm, params, Conversation(system)).run()
 
 
@@ -88,31 +90,35 @@ class Chat:
         """Until /quit or the end of the input."""
         say("/help lists the commands, Ctrl-D leaves.")
         for entry in read_entries():
-            if not entry.startswith("/"):
-                self.conversation.say(entry)
-                self._answer()
-                continue
-            name, _, argument = entry[1:].partition(" ")
-            if name in ("quit", "exit"):
+            if entry.split()[0] in ("/quit", "/exit"):
                 return
-            command = self._commands.get(name)
-            if command is None:
-                say(f"unknown command /{name}; /help lists them")
-                continue
             try:
-                command(argument.strip())
+                if entry.startswith("/"):
+                    self._command(entry)
+                else:
+                    self._message(entry)
             except TokenmillError as error:
                 say(f"error: {error}")
 
-    def _answer(self) -> None:
-        """Answers the last message. A failed request leaves the conversation as it was before that message."""
+    def _message(self, text: str) -> None:
+        self.conversation.say(text)
         try:
-            prompt = self._llm.tokenizer.encode_chat(self.conversation.prompt())
-            answer = stream_answer(self._llm, prompt, self._params)
-        except TokenmillError as error:
-            self.conversation.messages.pop()
-            say(f"error: {error}")
-            return
+            self._answer()
+        except TokenmillError:
+            self.conversation.messages.pop()  # the next message must not meet the one that failed
+            raise
+
+    def _command(self, entry: str) -> None:
+        name, _, argument = entry[1:].partition(" ")
+        if command := self._commands.get(name):
+            command(argument.strip())
+        else:
+            say(f"unknown command /{name}; /help lists them")
+
+    def _answer(self) -> None:
+        """Answers the last message."""
+        prompt = self._llm.tokenizer.encode_chat(self.conversation.prompt())
+        answer = stream_answer(self._llm, prompt, self._params)
         print(flush=True)
         self.conversation.answered(answer.text)
         self._answers.append(answer)
@@ -195,5 +201,10 @@ def read_entries() -> Iterator[str]:
 
 
 def _read_line(prompt: str) -> str:
-    """A line without its end. The prompt is shown only to a person."""
-    return input(prompt if sys.stdin.isatty() else "")
+    """A line without its end. The prompt is shown only to a person, and never among answers that go to a file."""
+    if not sys.stdin.isatty():
+        return input()
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()

@@ -74,7 +74,7 @@ class Conversation:
             raise ConversationFileError(
                 f"{path} is not a saved conversation: it needs 'system' and a list of 'messages'"
             )
-        return cls(saved["system"], [{"role": m["role"], "content": m["content"]} for m in saved["messages"]])
+        return cls(saved.get("system"), [{"role": m["role"], "content": m["content"]} for m in saved["messages"]])
 
 
 def _is_conversation(saved: Any) -> bool:

@@ -57,17 +57,20 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show processor, kernel paths, memory, caches, settings and versions."""
-    from tokenmill.cli.machine import memory, processor
+    from tokenmill.cli.machine import processor
+    from tokenmill.engine.ledger import memory_budget
 
     native = _native_report()
-    cpu, ram, folders, versions = processor(), memory(), _cache_folders(), _versions()
+    cpu, budget, folders, versions = processor(), memory_budget(None), _cache_folders(), _versions()
+    engine = _engine_defaults()
     settings = {name: os.environ.get(name) for name in _SETTINGS}
     if as_json:
         report = {
             "versions": versions,
             "processor": asdict(cpu),
             "kernels": native,
-            "memory": {**asdict(ram), "limit": ram.limit},
+            "memory": {"total": _total_memory(), "budget": budget.limit, "source": budget.source},
+            "engine defaults": engine,
             "caches": [asdict(folder) for folder in folders],
             "settings": settings,
         }
@@ -82,9 +85,11 @@ def doctor(
         print(f"  {cpu.cores} cores, affinity to {len(cpu.affinity)}, {quota}; threads in use: {threads}")
         print("\nkernels")
         _print_kernels(native)
-        limit = "no cgroup limit" if ram.cgroup_limit is None else f"cgroup limit {megabytes(ram.cgroup_limit)}"
         print("\nmemory")
-        print(f"  {megabytes(ram.total)} in all, {megabytes(ram.available)} available, {limit}")
+        print(f"  {megabytes(_total_memory())} in all")
+        print(f"  budget if none is given: {megabytes(budget.limit)}, {budget.source}")
+        print("\nengine defaults")
+        print("  " + ", ".join(f"{name} {value}" for name, value in engine.items()))
         print("\ncaches")
         print_table(
             ("  folder", "size", "", "path"),
@@ -129,6 +134,18 @@ def _print_kernels(native: dict[str, object]) -> None:
         ("  kernels", "path", "ops"),
         [(f"  {family}", path, ", ".join(ops)) for family, ops in KERNEL_FAMILIES.items()],
     )
+
+
+def _engine_defaults() -> dict[str, object]:
+    """What the engine's configuration says unless it is told otherwise."""
+    from tokenmill.engine.config import EngineConfig
+
+    config = asdict(EngineConfig(model=""))
+    return {name: "automatic" if value is None else value for name, value in config.items() if name != "model"}
+
+
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cache_folders() -> list[CacheFolder]:

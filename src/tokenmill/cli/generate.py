@@ -36,24 +36,28 @@ def generate(
     ] = None,
     memory: options.Memory = None,
     max_model_len: options.MaxModelLen = None,
+    threads: options.Threads = 0,
+    backend: options.BackendName = "native",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")] = False,
 ) -> None:
     """Generate text from a prompt."""
     if raw and system is not None:
         raise UsageError("--system needs a chat template, and --raw switches it off")
     text = read_prompt(prompt)
-    with open_model(model, memory=memory, max_model_len=max_model_len, quiet=quiet) as llm:
-        params = options.sampling_params(
-            llm,
-            max_tokens=max_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+    with open_model(
+        model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend, quiet=quiet
+    ) as llm:
+        given = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "seed": seed,
+            "stop": stop,
+        }
+        overrides = {name: value for name, value in given.items() if value is not None}
+        params = llm.default_params(max_tokens=max_tokens, **overrides)
         answer = stream_answer(llm, prompt_tokens(llm, text, system, raw), params)
         sys.stdout.write("\n")
         sys.stdout.flush()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from tokenmill.llm import LLM
-    from tokenmill.sampling import SamplingParams
 
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
@@ -24,21 +20,7 @@ Memory = Annotated[
     str | None, typer.Option("--memory", help="Memory budget, e.g. 4GB. Default: from the machine or its cgroup.")
 ]
 MaxModelLen = Annotated[
-    int | None, typer.Option("--max-model-len", min=1, help="Longest context in tokens. Default: what fits.")
+    int | None, typer.Option("--max-model-len", min=2, help="Longest context in tokens. Default: what fits.")
 ]
-
-
-def sampling_params(
-    llm: LLM,
-    *,
-    max_tokens: int,
-    stop: list[str] | None = None,
-    **given: float | int | None,
-) -> SamplingParams:
-    """The model's own defaults, overridden by the options that were given (those that are not None)."""
-    from tokenmill.sampling import SamplingParams
-
-    overrides: dict[str, object] = {name: value for name, value in given.items() if value is not None}
-    return SamplingParams.from_defaults(
-        llm.generation_defaults, max_tokens=max_tokens, stop=tuple(stop or ()), **overrides
-    )
+Threads = Annotated[int, typer.Option("--threads", min=0, help="0: all that the process may use.")]
+BackendName = Annotated[str, typer.Option("--backend", help="native, or torch (slow; the reference).")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,18 +15,9 @@ from tokenmill.errors import TokenmillError
 
 if TYPE_CHECKING:
     from tokenmill.weights.checkpoint import Checkpoint
+    from tokenmill.weights.inspect import CheckpointSummary
 
 _GGUF_ABOUT = ("general.name", "general.organization", "general.license", "general.size_label")
-
-
-@dataclass(frozen=True, slots=True)
-class TypeTotal:
-    """Tensors of one element or block format."""
-
-    tensor_type: str
-    tensors: int
-    values: int
-    nbytes: int
 
 
 def show(
@@ -38,18 +29,19 @@ def show(
     """Show a model's hyper-parameters, tokenizer, licence and tensors."""
     from tokenmill.sources import resolve
     from tokenmill.weights.checkpoint import open_checkpoint
+    from tokenmill.weights.inspect import summarize
 
     path = resolve(model)
     with open_checkpoint(path) as checkpoint:
-        totals = totals_by_type(checkpoint)
+        summary = summarize(checkpoint)
         sections: dict[str, Mapping[str, object]] = {
             "file": {
                 "path": str(checkpoint.path),
                 "format": "GGUF" if checkpoint.kind == "gguf" else "safetensors",
                 **_about(model, checkpoint),
-                "tensors": sum(total.tensors for total in totals),
-                "parameters": sum(total.values for total in totals),
-                "bytes": sum(total.nbytes for total in totals),
+                "tensors": len(summary.tensors),
+                "parameters": summary.parameters,
+                "bytes": summary.nbytes,
             },
             "hyper-parameters": _hyperparameters(checkpoint),
             "tokenizer": _tokenizer(checkpoint),
@@ -57,26 +49,16 @@ def show(
         }
         chat_template = sections["tokenizer"].get("chat template")
         if as_json:
-            print(json.dumps({**sections, **_json_tensors(checkpoint, totals)}, indent=2, default=str))
+            print(json.dumps({**sections, **_json_tensors(summary)}, indent=2, default=str))
             return
         if template:
             print(chat_template or "this model has no chat template")
             return
         for title, entries in sections.items():
             _print_section(title, entries)
-        _print_totals(totals)
+        _print_types(summary)
         if tensors:
-            _print_tensors(checkpoint)
-
-
-def totals_by_type(checkpoint: Checkpoint) -> list[TypeTotal]:
-    """Tensor counts, values and bytes by tensor type, most bytes first."""
-    by_type: dict[str, TypeTotal] = {}
-    for info in checkpoint.tensors.values():
-        name = info.tensor_type.name
-        old = by_type.get(name, TypeTotal(name, 0, 0, 0))
-        by_type[name] = TypeTotal(name, old.tensors + 1, old.values + info.values, old.nbytes + info.nbytes)
-    return sorted(by_type.values(), key=lambda total: -total.nbytes)
+            _print_tensors(summary)
 
 
 def _about(model: str, checkpoint: Checkpoint) -> dict[str, object]:
@@ -135,12 +117,15 @@ def _tokenizer(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def _json_tensors(checkpoint: Checkpoint, totals: list[TypeTotal]) -> dict[str, object]:
+def _json_tensors(summary: CheckpointSummary) -> dict[str, object]:
     return {
-        "types": {t.tensor_type: {"tensors": t.tensors, "values": t.values, "bytes": t.nbytes} for t in totals},
+        "types": {
+            share.tensor_type.name: {"tensors": share.tensors, "values": share.values, "bytes": share.nbytes}
+            for share in summary.types
+        },
         "tensors": {
             info.name: {"type": info.tensor_type.name, "shape": info.shape, "bytes": info.nbytes}
-            for info in checkpoint.tensors.values()
+            for info in summary.tensors
         },
     }
 
@@ -161,6 +146,8 @@ def _short(key: str, value: object) -> str:
         return "none" if not value else f"yes, {len(str(value))} characters (--template prints it)"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{name.replace('_', ' ')} {_short(name, entry)}" for name, entry in value.items())
     if isinstance(value, tuple) and len(value) > 8:
@@ -179,32 +166,31 @@ def _counted(values: tuple[object, ...]) -> str:
     return ", ".join(f"{count} x {'none' if value is None else value}" for value, count in counts.items())
 
 
-def _print_totals(totals: list[TypeTotal]) -> None:
-    everything = sum(total.nbytes for total in totals) or 1
+def _print_types(summary: CheckpointSummary) -> None:
     print_table(
         ("type", "tensors", "values", "bytes", "share", "bits a value"),
         [
             (
-                t.tensor_type,
-                f"{t.tensors:,}",
-                f"{t.values:,}",
-                f"{t.nbytes:,}",
-                f"{100 * t.nbytes / everything:.1f} %",
-                f"{8 * t.nbytes / max(t.values, 1):.2f}",
+                share.tensor_type.name,
+                f"{share.tensors:,}",
+                f"{share.values:,}",
+                f"{share.nbytes:,}",
+                f"{100 * share.nbytes / max(summary.nbytes, 1):.1f} %",
+                f"{share.bits_per_value:.2f}",
             )
-            for t in totals
+            for share in summary.types
         ],
         right={1, 2, 3, 4, 5},
     )
 
 
-def _print_tensors(checkpoint: Checkpoint) -> None:
+def _print_tensors(summary: CheckpointSummary) -> None:
     print()
     print_table(
         ("tensor", "type", "shape", "bytes"),
         [
             (info.name, info.tensor_type.name, "x".join(map(str, info.shape)), f"{info.nbytes:,}")
-            for info in checkpoint.tensors.values()
+            for info in summary.tensors
         ],
         right={3},
     )

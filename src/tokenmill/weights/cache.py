@@ -57,7 +57,8 @@ class CacheEntry:
         path = checkpoint.path.resolve()
         self.identity = source_identity(checkpoint)
         root = default_cache_dir() if cache_dir is None else cache_dir
-        self.folder = root / "packed" / f"{path.stem if path.is_file() else path.name}-{short_digest(str(path))}"
+        name = path.stem if checkpoint.kind == "gguf" else path.name
+        self.folder = root / "packed" / f"{name}-{short_digest(str(path))}"
 
     def weights_path(self, structure: str) -> Path:
         """The packed file of a program with this structure (programs of one checkpoint may name different weights)."""

@@ -32,7 +32,7 @@ logger = logging.getLogger("tokenmill.weights")
 
 ROW_BLOCK = 16
 """Rows that are packed together; parts of a matrix are whole row blocks, which lie one after the other."""
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Packed bytes of one part at most (one row block at least)."""
 
 
@@ -213,6 +213,10 @@ def plan_weights(checkpoint: Checkpoint, bound: Bound, packer: Packer) -> dict[s
     plan = {}
     for name, shape in bound.program.weights.items():
         source = bound.sources[name]
+        if len(shape) not in (1, 2):
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: {name} of shape {list(shape)} is neither vector nor matrix"
+            )
         info = checkpoint.tensors.get(source.tensor)
         needed = f"{name} needs shape {list(shape)}"
         if info is None:
@@ -263,7 +267,7 @@ class _Load:
             store = None  # looked at again, and reported, with the lock held
         if store is not None:
             return PackedWeights(store, self.plan, self.checkpoint, "mapped")
-        with entry.lock(lambda: self.progress(LoadProgress("waiting", 0, self.layout.nbytes))):
+        with entry.lock(lambda: self.report("waiting", 0)):
             try:
                 store = open_packed(path, self.layout, key, verify)
             except ModelFileError as damage:
@@ -282,22 +286,22 @@ class _Load:
     def in_memory(self) -> PackedWeights:
         store = PackedStore.in_memory(self.layout)
         done = 0
-        for weight in self.plan.values():
+        for weight in self.prefetched():
             out = store.view(weight.name)
             for first, last, offset, nbytes in _parts(weight):
                 self.pack(weight, first, last, out[offset : offset + nbytes])
                 done += nbytes
-                self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                self.report("packing", done)
         return PackedWeights(store, self.plan, self.checkpoint, "memory")
 
     def stream(self, writer: PackedFileWriter) -> None:
         """Packs part after part on this thread while another hashes and writes the one before."""
         largest = max((nbytes for weight in self.plan.values() for *_, nbytes in _parts(weight)), default=1)
-        buffers = [np.frombuffer(mmap.mmap(-1, max(largest, 1)), dtype=np.uint8) for _ in range(2)]
+        buffers = [_aligned_bytes(largest) for _ in range(2)]
         written: list[Future[None]] = []
         done = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenmill-cache") as pool:
-            for weight in self.plan.values():
+            for weight in self.prefetched():
                 for first, last, offset, nbytes in _parts(weight):
                     if len(written) >= 2:
                         written[-2].result()  # its buffer is the one used next
@@ -305,9 +309,20 @@ class _Load:
                     self.pack(weight, first, last, out)
                     written.append(pool.submit(writer.write, weight.name, offset, out))
                     done += nbytes
-                    self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                    self.report("packing", done)
             for future in written[-2:]:
                 future.result()
+
+    def report(self, stage: Literal["packing", "waiting"], done: int) -> None:
+        self.progress(LoadProgress(stage, done, sum(weight.nbytes for weight in self.plan.values())))
+
+    def prefetched(self) -> Iterator[PlannedWeight]:
+        """The weights in order, each after the kernel was asked to read the next one's tensor."""
+        weights = list(self.plan.values())
+        for weight, following in zip(weights, [*weights[1:], None], strict=True):
+            if following is not None:
+                self.checkpoint.prefetch(following.tensor)
+            yield weight
 
     def pack(self, weight: PlannedWeight, first: int, last: int, out: UInt8) -> None:
         """Packs rows [first, last) of a weight into ``out`` and gives the source's pages back."""
@@ -335,7 +350,7 @@ class _Load:
         for tensor_type in sorted(types):
             weight_format = tensor_type.weight_format
             if weight_format is not None:
-                out = np.zeros(self.packer.packed_bytes(int(weight_format), n, k), dtype=np.uint8)
+                out = _aligned_bytes(self.packer.packed_bytes(int(weight_format), n, k))
                 rows = source[: n * tensor_type.row_bytes(k)]
                 self.packer.pack_matrix(int(weight_format), rows, n, k, out, 1)
                 fingerprint.update(out.data)
@@ -352,6 +367,11 @@ def _parts(weight: PlannedWeight) -> Iterator[tuple[int, int, int, int]]:
         offset = first // ROW_BLOCK * weight.block_bytes if weight.is_matrix else 0
         nbytes = -(-(last - first) // ROW_BLOCK) * weight.block_bytes if weight.is_matrix else weight.nbytes
         yield first, last, offset, nbytes
+
+
+def _aligned_bytes(count: int) -> UInt8:
+    """Zeros that start at a page, as kernels want at least 64 bytes of alignment."""
+    return np.frombuffer(mmap.mmap(-1, max(count, 1)), dtype=np.uint8, count=count)
 
 
 def _native_packer() -> Packer:
