@@ -17,6 +17,8 @@ from tokenmill.program.kv import PAGE_TOKENS, KvElement
 from tokenmill.program.program import Program
 from tokenmill.program.step import SequenceStep, StepPlan, lay_plan
 
+torch.set_num_threads(1)  # tiny tensors: waking a second thread costs more than it computes
+
 LIMITS = StepLimits(tokens=512, sequences=8, sampled=512, context=512)
 PAGES = 64
 

@@ -137,7 +137,7 @@ nb::tuple score(Sampler& sampler, const Logits& logits, const Ids& rows, const I
 void bind_sampler(nb::module_& m) {
   nb::class_<SamplerSettings>(m, "SamplerSettings", "One request's sampling parameters, converted once.")
       .def("__init__",
-           [](SamplerSettings* self, float temperature, int32_t top_k, float top_p, float min_p, float typical_p,
+           [](SamplerSettings* self, float temperature, int32_t top_k, double top_p, float min_p, double typical_p,
               float repetition_penalty, float presence_penalty, float frequency_penalty, uint64_t seed,
               uint32_t sample_index, int32_t min_tokens, std::vector<int32_t> end_ids, std::vector<int32_t> bias_ids,
               std::vector<float> biases, int32_t logprobs) {
@@ -149,8 +149,8 @@ void bind_sampler(nb::module_& m) {
                                         frequency_penalty, seed, sample_index, min_tokens, std::move(end_ids),
                                         std::move(bias_ids), std::move(biases), logprobs};
            },
-           nb::kw_only(), nb::arg("temperature") = 1.0f, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0f, nb::arg("min_p") = 0.0f,
-           nb::arg("typical_p") = 1.0f, nb::arg("repetition_penalty") = 1.0f, nb::arg("presence_penalty") = 0.0f,
+           nb::kw_only(), nb::arg("temperature") = 1.0f, nb::arg("top_k") = 0, nb::arg("top_p") = 1.0, nb::arg("min_p") = 0.0f,
+           nb::arg("typical_p") = 1.0, nb::arg("repetition_penalty") = 1.0f, nb::arg("presence_penalty") = 0.0f,
            nb::arg("frequency_penalty") = 0.0f, nb::arg("seed") = 0, nb::arg("sample_index") = 0, nb::arg("min_tokens") = 0,
            nb::arg("end_ids") = std::vector<int32_t>{}, nb::arg("bias_ids") = std::vector<int32_t>{},
            nb::arg("biases") = std::vector<float>{}, nb::arg("logprobs") = -1);

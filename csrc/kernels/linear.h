@@ -19,6 +19,7 @@ struct PackedWeight {
   const uint8_t* data;  // [ceil(n / 16)][row_block_bytes], 64-byte aligned
 };
 
+// The activation that `format` multiplies. Throws std::invalid_argument if `format` is not a known number.
 ActivationFormat activation_format(WeightFormat format);
 
 // Bytes of one packed block of 16 rows. Throws std::invalid_argument if k does not fit the format.
@@ -57,7 +58,8 @@ struct LinearKernels {
   void (*decode_row)(const PackedWeight& weight, int32_t row, float* out);
 };
 
-size_t linear_scratch_bytes();
+inline constexpr size_t kLinearScratchBytes = 160 * 1024;
+inline size_t linear_scratch_bytes() { return kLinearScratchBytes; }
 
 const LinearKernels& linear_kernels();  // of the path in use
 

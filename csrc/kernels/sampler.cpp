@@ -157,11 +157,11 @@ class Sampler::Worker {
     if (settings.top_k > 0 && settings.top_k < n_) {
       keep_best(logits, maxima_, Measure::kCount, settings.top_k, std::max(top_k_floor(settings.top_k), bottom), largest);
     }
-    if (settings.top_p < 1.0f) {
+    if (settings.top_p < 1.0) {
       const float floor = std::max(top_p_floor(largest, settings), bottom);
       keep_best(logits, maxima_, Measure::kMass, settings.top_p * row_mass(), floor, largest);
     }
-    if (settings.typical_p < 1.0f) keep_typical(logits, largest, settings);
+    if (settings.typical_p < 1.0) keep_typical(logits, largest, settings);
     return draw_weighted(draw_uniform(settings.seed, settings.sample_index, static_cast<uint32_t>(row.tokens.size()),
                                       DrawPurpose::kToken));
   }
@@ -176,7 +176,7 @@ class Sampler::Worker {
 
   // Tokens of weight below c hold less than n c of mass; with n c half of what top_p drops, none of them is kept.
   float top_p_floor(float largest, const SamplerSettings& settings) const {
-    const double dropped = (1.0 - static_cast<double>(settings.top_p)) * row_mass();
+    const double dropped = (1.0 - settings.top_p) * row_mass();
     const double weight = 0.5 * dropped / static_cast<double>(n_);
     const double logit = largest + natural_log(weight) * settings.temperature;
     return std::max(static_cast<float>(std::max<double>(logit, kLowest)), kLowest);

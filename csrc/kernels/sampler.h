@@ -18,9 +18,9 @@ namespace tokenmill {
 struct SamplerSettings {
   float temperature = 1.0f;  // 0 is greedy: the filters below do not matter then
   int32_t top_k = 0;         // 0 keeps all
-  float top_p = 1.0f;        // smallest set of most likely tokens with at least this mass; 0 keeps the best only
+  double top_p = 1.0;        // smallest set of most likely tokens with at least this mass; 0 keeps the best only
   float min_p = 0.0f;        // at least this times the best probability
-  float typical_p = 1.0f;    // mass of tokens whose information is nearest to the entropy
+  double typical_p = 1.0;    // mass of tokens whose information is nearest to the entropy
   float repetition_penalty = 1.0f;  // divides positive and multiplies negative logits of tokens in prompt and output
   float presence_penalty = 0.0f;    // subtracted once from tokens in the output
   float frequency_penalty = 0.0f;   // subtracted per occurrence in the output

@@ -139,6 +139,27 @@ TM_INLINE I32x16 load_i8_as_i32(const int8_t* p) { return {_mm512_cvtepi8_epi32(
 TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 // Values must lie in -128..127.
 TM_INLINE void store_as_i8(int8_t* p, I32x16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
+// Bits of a, unchanged.
+TM_INLINE I32x16 bits_as_i32(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+TM_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+TM_INLINE int32_t reduce_max(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
+TM_INLINE int32_t reduce_add(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+// 32 bytes -> lanes of two int16: lane r holds bytes 2r (low half) and 2r + 1.
+TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+// 32 16-bit elements: those at even places and those at odd places.
+TM_INLINE void load_bf16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000U))));
+}
+TM_INLINE void load_f16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  const __m512i halves = _mm512_shuffle_epi8(_mm512_loadu_si512(p), order);
+  const __m512i sorted = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), halves);
+  even.v = _mm512_cvtph_ps(_mm512_castsi512_si256(sorted));
+  odd.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(sorted, 1));
+}
 
 TM_INLINE U8x64 load_u8x64(const void* p) { return {_mm512_loadu_si512(p)}; }
 TM_INLINE void store_u8x64(void* p, U8x64 x) { _mm512_storeu_si512(p, x.v); }
@@ -172,6 +193,17 @@ TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
     acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(w_even, a_even));
     return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w_odd, a_odd))};
   }
+#endif
+}
+
+// acc[lane] += w[2 lane] * a[0] + w[2 lane + 1] * a[1] on int16 pairs; exact where the sums fit int32.
+TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
+  const __m512i a = _mm512_set1_epi32(pair);
+#if defined(TM_HAS_VNNI)
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a));
+  return acc;
+#else
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, a))};
 #endif
 }
 
@@ -263,6 +295,38 @@ TM_INLINE void store_as_i8(int8_t* p, I32x16 x) {
   const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
 }
+TM_INLINE I32x16 bits_as_i32(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+TM_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+TM_INLINE int32_t reduce_max(I32x16 a) {
+  const __m256i eight = _mm256_max_epi32(a.lo, a.hi);
+  const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+TM_INLINE int32_t reduce_add(I32x16 a) {
+  const __m256i eight = _mm256_add_epi32(a.lo, a.hi);
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+}
+TM_INLINE void load_bf16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m256i lo = load256(p), hi = load256(static_cast<const char*>(p) + 32);
+  const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000U));
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)), _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+}
+TM_INLINE void load_f16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  const __m256i lo = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(load256(p), order), 0xd8);
+  const __m256i hi = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(load256(static_cast<const char*>(p) + 32), order), 0xd8);
+  even = {_mm256_cvtph_ps(_mm256_castsi256_si128(lo)), _mm256_cvtph_ps(_mm256_castsi256_si128(hi))};
+  odd = {_mm256_cvtph_ps(_mm256_extracti128_si256(lo, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(hi, 1))};
+}
 
 TM_INLINE U8x64 load_u8x64(const void* p) { return {load256(p), load256(static_cast<const char*>(p) + 32)}; }
 TM_INLINE void store_u8x64(void* p, U8x64 x) { store256(p, x.lo); store256(static_cast<char*>(p) + 32, x.hi); }
@@ -299,10 +363,26 @@ TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   return {dot4_half<kCodeBits>(acc.lo, w.lo, a), dot4_half<kCodeBits>(acc.hi, w.hi, a)};
 }
 
+TM_INLINE __m256i dot2_half(__m256i acc, __m256i w, __m256i a) {
+#if defined(TM_HAS_VNNI)
+  __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+  return acc;
+#else
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));
+#endif
+}
+TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
+  const __m256i a = _mm256_set1_epi32(pair);
+  return {dot2_half(acc.lo, w.lo, a), dot2_half(acc.hi, w.hi, a)};
+}
+
 TM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // ---- portable ------------------------------------------------------------------------------------------------------
 #else
+
+// Calls, not copies: sixteen-element loops inlined into every unrolled kernel would take minutes to compile.
+#define TM_OUTLINE inline __attribute__((noinline))
 
 struct F32x16 { float v[16]; };
 struct I32x16 { int32_t v[16]; };
@@ -313,67 +393,93 @@ struct U8x64 { uint8_t v[64]; };
   for (int i = 0; i < 16; ++i) r.v[i] = EXPRESSION; \
   return r
 
-TM_INLINE F32x16 zero_f32() { TM_EACH(F32x16, 0.0f); }
-TM_INLINE F32x16 set1(float x) { TM_EACH(F32x16, x); }
-TM_INLINE F32x16 load(const float* p) { TM_EACH(F32x16, p[i]); }
-TM_INLINE void store(float* p, F32x16 x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
-TM_INLINE F32x16 load_first(const float* p, int n) { TM_EACH(F32x16, i < n ? p[i] : 0.0f); }
-TM_INLINE void store_first(float* p, F32x16 x, int n) { for (int i = 0; i < n; ++i) p[i] = x.v[i]; }
-TM_INLINE F32x16 keep_first(F32x16 x, int n, F32x16 other) { TM_EACH(F32x16, i < n ? x.v[i] : other.v[i]); }
-TM_INLINE F32x16 add(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] + b.v[i]); }
-TM_INLINE F32x16 sub(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] - b.v[i]); }
-TM_INLINE F32x16 mul(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] * b.v[i]); }
-TM_INLINE F32x16 div(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] / b.v[i]); }
-TM_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { TM_EACH(F32x16, fma1(a.v[i], b.v[i], c.v[i])); }
-TM_INLINE F32x16 max(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-TM_INLINE F32x16 min(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-TM_INLINE F32x16 abs(F32x16 a) { TM_EACH(F32x16, __builtin_fabsf(a.v[i])); }
-TM_INLINE F32x16 sqrt(F32x16 a) { TM_EACH(F32x16, __builtin_sqrtf(a.v[i])); }
-TM_INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { TM_EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
+TM_OUTLINE F32x16 zero_f32() { TM_EACH(F32x16, 0.0f); }
+TM_OUTLINE F32x16 set1(float x) { TM_EACH(F32x16, x); }
+TM_OUTLINE F32x16 load(const float* p) { TM_EACH(F32x16, p[i]); }
+TM_OUTLINE void store(float* p, F32x16 x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
+TM_OUTLINE F32x16 load_first(const float* p, int n) { TM_EACH(F32x16, i < n ? p[i] : 0.0f); }
+TM_OUTLINE void store_first(float* p, F32x16 x, int n) { for (int i = 0; i < n; ++i) p[i] = x.v[i]; }
+TM_OUTLINE F32x16 keep_first(F32x16 x, int n, F32x16 other) { TM_EACH(F32x16, i < n ? x.v[i] : other.v[i]); }
+TM_OUTLINE F32x16 add(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] + b.v[i]); }
+TM_OUTLINE F32x16 sub(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] - b.v[i]); }
+TM_OUTLINE F32x16 mul(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] * b.v[i]); }
+TM_OUTLINE F32x16 div(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] / b.v[i]); }
+TM_OUTLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { TM_EACH(F32x16, fma1(a.v[i], b.v[i], c.v[i])); }
+TM_OUTLINE F32x16 max(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+TM_OUTLINE F32x16 min(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+TM_OUTLINE F32x16 abs(F32x16 a) { TM_EACH(F32x16, __builtin_fabsf(a.v[i])); }
+TM_OUTLINE F32x16 sqrt(F32x16 a) { TM_EACH(F32x16, __builtin_sqrtf(a.v[i])); }
+TM_OUTLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { TM_EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
 // Exact below 2^22 in magnitude; every caller rounds values far smaller than that.
-TM_INLINE F32x16 round_even(F32x16 a) { TM_EACH(F32x16, (a.v[i] + 12582912.0f) - 12582912.0f); }
-TM_INLINE I32x16 to_i32(F32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(a.v[i])); }
-TM_INLINE F32x16 to_f32(I32x16 a) { TM_EACH(F32x16, static_cast<float>(a.v[i])); }
-TM_INLINE F32x16 bits_as_f32(I32x16 a) { TM_EACH(F32x16, bits_to_f32(static_cast<uint32_t>(a.v[i]))); }
-TM_INLINE I32x16 zero_i32() { TM_EACH(I32x16, 0); }
-TM_INLINE I32x16 set1_i32(int32_t x) { TM_EACH(I32x16, x); }
-TM_INLINE I32x16 load(const int32_t* p) { TM_EACH(I32x16, p[i]); }
-TM_INLINE void store(int32_t* p, I32x16 x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
-TM_INLINE I32x16 add(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] + b.v[i]); }
-TM_INLINE I32x16 sub(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] - b.v[i]); }
-TM_INLINE I32x16 mul(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] * b.v[i]); }
-template <int kBits> TM_INLINE I32x16 shift_left(I32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits)); }
-TM_INLINE F32x16 load_f16(const uint16_t* p) { TM_EACH(F32x16, f16_to_f32(p[i])); }
-TM_INLINE F32x16 load_bf16(const uint16_t* p) { TM_EACH(F32x16, bf16_to_f32(p[i])); }
-TM_INLINE void store_f16(uint16_t* p, F32x16 x) { for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(x.v[i]); }
-TM_INLINE I32x16 load_i8_as_i32(const int8_t* p) { TM_EACH(I32x16, p[i]); }
-TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) { TM_EACH(I32x16, p[i]); }
-TM_INLINE void store_as_i8(int8_t* p, I32x16 x) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]); }
+TM_OUTLINE F32x16 round_even(F32x16 a) { TM_EACH(F32x16, (a.v[i] + 12582912.0f) - 12582912.0f); }
+TM_OUTLINE I32x16 to_i32(F32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(a.v[i])); }
+TM_OUTLINE F32x16 to_f32(I32x16 a) { TM_EACH(F32x16, static_cast<float>(a.v[i])); }
+TM_OUTLINE F32x16 bits_as_f32(I32x16 a) { TM_EACH(F32x16, bits_to_f32(static_cast<uint32_t>(a.v[i]))); }
+TM_OUTLINE I32x16 zero_i32() { TM_EACH(I32x16, 0); }
+TM_OUTLINE I32x16 set1_i32(int32_t x) { TM_EACH(I32x16, x); }
+TM_OUTLINE I32x16 load(const int32_t* p) { TM_EACH(I32x16, p[i]); }
+TM_OUTLINE void store(int32_t* p, I32x16 x) { for (int i = 0; i < 16; ++i) p[i] = x.v[i]; }
+TM_OUTLINE I32x16 add(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] + b.v[i]); }
+TM_OUTLINE I32x16 sub(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] - b.v[i]); }
+TM_OUTLINE I32x16 mul(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] * b.v[i]); }
+template <int kBits> TM_OUTLINE I32x16 shift_left(I32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << kBits)); }
+TM_OUTLINE F32x16 load_f16(const uint16_t* p) { TM_EACH(F32x16, f16_to_f32(p[i])); }
+TM_OUTLINE F32x16 load_bf16(const uint16_t* p) { TM_EACH(F32x16, bf16_to_f32(p[i])); }
+TM_OUTLINE void store_f16(uint16_t* p, F32x16 x) { for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(x.v[i]); }
+TM_OUTLINE I32x16 load_i8_as_i32(const int8_t* p) { TM_EACH(I32x16, p[i]); }
+TM_OUTLINE I32x16 load_u8_as_i32(const uint8_t* p) { TM_EACH(I32x16, p[i]); }
+TM_OUTLINE void store_as_i8(int8_t* p, I32x16 x) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]); }
+TM_OUTLINE I32x16 bits_as_i32(F32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(f32_to_bits(a.v[i]))); }
+TM_OUTLINE I32x16 bit_and(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] & b.v[i]); }
+TM_OUTLINE I32x16 max(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+TM_OUTLINE int32_t reduce_max(I32x16 a) {
+  int32_t r = a.v[0];
+  for (int i = 1; i < 16; ++i) r = a.v[i] > r ? a.v[i] : r;
+  return r;
+}
+TM_OUTLINE int32_t reduce_add(I32x16 a) {
+  int32_t r = 0;
+  for (int i = 0; i < 16; ++i) r += a.v[i];
+  return r;
+}
+TM_OUTLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) { TM_EACH(I32x16, p[2 * i] | (p[2 * i + 1] << 16)); }
+TM_OUTLINE void load_bf16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  uint16_t pairs[32];
+  memcpy(pairs, p, 64);
+  for (int i = 0; i < 16; ++i) even.v[i] = bf16_to_f32(pairs[2 * i]);
+  for (int i = 0; i < 16; ++i) odd.v[i] = bf16_to_f32(pairs[2 * i + 1]);
+}
+TM_OUTLINE void load_f16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  uint16_t pairs[32];
+  memcpy(pairs, p, 64);
+  for (int i = 0; i < 16; ++i) even.v[i] = f16_to_f32(pairs[2 * i]);
+  for (int i = 0; i < 16; ++i) odd.v[i] = f16_to_f32(pairs[2 * i + 1]);
+}
 
-TM_INLINE U8x64 load_u8x64(const void* p) { U8x64 r; memcpy(r.v, p, 64); return r; }
-TM_INLINE void store_u8x64(void* p, U8x64 x) { memcpy(p, x.v, 64); }
-TM_INLINE U8x64 set1_u8(uint8_t x) { U8x64 r; memset(r.v, x, 64); return r; }
-TM_INLINE U8x64 bit_and(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] &= b.v[i]; return a; }
-TM_INLINE U8x64 bit_or(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i]; return a; }
-TM_INLINE U8x64 bit_xor(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i]; return a; }
-template <int kBits> TM_INLINE U8x64 shift_right_u16(U8x64 a) {
+TM_OUTLINE U8x64 load_u8x64(const void* p) { U8x64 r; memcpy(r.v, p, 64); return r; }
+TM_OUTLINE void store_u8x64(void* p, U8x64 x) { memcpy(p, x.v, 64); }
+TM_OUTLINE U8x64 set1_u8(uint8_t x) { U8x64 r; memset(r.v, x, 64); return r; }
+TM_OUTLINE U8x64 bit_and(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] &= b.v[i]; return a; }
+TM_OUTLINE U8x64 bit_or(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i]; return a; }
+TM_OUTLINE U8x64 bit_xor(U8x64 a, U8x64 b) { for (int i = 0; i < 64; ++i) a.v[i] ^= b.v[i]; return a; }
+template <int kBits> TM_OUTLINE U8x64 shift_right_u16(U8x64 a) {
   uint16_t w[32];
   memcpy(w, a.v, 64);
   for (int i = 0; i < 32; ++i) w[i] = static_cast<uint16_t>(w[i] >> kBits);
   memcpy(a.v, w, 64);
   return a;
 }
-template <int kBits> TM_INLINE U8x64 shift_left_u16(U8x64 a) {
+template <int kBits> TM_OUTLINE U8x64 shift_left_u16(U8x64 a) {
   uint16_t w[32];
   memcpy(w, a.v, 64);
   for (int i = 0; i < 32; ++i) w[i] = static_cast<uint16_t>(w[i] << kBits);
   memcpy(a.v, w, 64);
   return a;
 }
-TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) { for (int i = 0; i < 64; ++i) index.v[i] = table[index.v[i] & 15]; return index; }
+TM_OUTLINE U8x64 lookup16(const uint8_t* table, U8x64 index) { for (int i = 0; i < 64; ++i) index.v[i] = table[index.v[i] & 15]; return index; }
 
 template <int kCodeBits>
-TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
+TM_OUTLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   int8_t a[4];
   memcpy(a, &quad, 4);
   for (int i = 0; i < 16; ++i) {
@@ -382,9 +488,16 @@ TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   return acc;
 }
 
-TM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+TM_OUTLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
+  const int32_t a0 = static_cast<int16_t>(pair), a1 = pair >> 16;
+  for (int i = 0; i < 16; ++i) acc.v[i] += static_cast<int16_t>(w.v[i]) * a0 + (w.v[i] >> 16) * a1;
+  return acc;
+}
+
+TM_OUTLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef TM_EACH
+#undef TM_OUTLINE
 #endif
 
 // ---- shared by all paths -------------------------------------------------------------------------------------------

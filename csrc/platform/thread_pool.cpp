@@ -1,19 +1,29 @@
 #include "platform/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
+#include <sstream>
 #include <stdexcept>
-#include <string>
+#include <string_view>
 
 #include "platform/float_environment.h"
 
 namespace tokenmill {
 namespace {
 
-constexpr int kSpins = 2000;  // about 50 us of `pause`, after which sleeping costs less than it saves
+using Clock = std::chrono::steady_clock;
+
+// After that, sleeping costs less than it saves. The caller waits longer: its workers are known to be at work.
+constexpr auto kWorkerSpin = std::chrono::microseconds(50);
+constexpr auto kCallerSpin = std::chrono::microseconds(200);
+// `pause` takes from 4 to 60 ns, reading the clock 25.
+constexpr int kPausesPerLook = 32;
 
 inline void cpu_relax() {
 #if defined(__x86_64__)
@@ -23,47 +33,145 @@ inline void cpu_relax() {
 #endif
 }
 
-// The cgroup's quota in CPUs, or infinity. A container sees its own group at the mount's root.
-double cgroup_cpu_quota() {
-  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2) {
-    std::string quota;
-    double period = 0;
-    if (v2 >> quota >> period && quota != "max" && period > 0) return std::stod(quota) / period;
+// Spins until done() or the time is up; returns done().
+template <class Done>
+bool spin(Clock::duration limit, const Done& done) {
+  for (int i = 0; i < kPausesPerLook; ++i) {
+    if (done()) return true;
+    cpu_relax();
   }
-  std::ifstream quota_file("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), period_file("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+  const Clock::time_point end = Clock::now() + limit;
+  do {
+    for (int i = 0; i < kPausesPerLook; ++i) {
+      if (done()) return true;
+      cpu_relax();
+    }
+  } while (Clock::now() < end);
+  return done();
+}
+
+// Counts the forks between the first process and this one.
+std::atomic<int> forks{0};
+
+int fork_count() {
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  (void)registered;
+  return forks.load(std::memory_order_relaxed);
+}
+
+// cpu.max of one v2 group: "max 100000" or "150000 100000".
+double quota_v2(const std::string& directory) {
+  std::ifstream file(directory + "/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return INFINITY;
+  return std::strtod(quota.c_str(), nullptr) / period;
+}
+
+double quota_v1(const std::string& directory) {
+  std::ifstream quota_file(directory + "/cpu.cfs_quota_us"), period_file(directory + "/cpu.cfs_period_us");
   double quota = -1, period = 0;
-  if (quota_file >> quota && period_file >> period && quota > 0 && period > 0) return quota / period;
-  return INFINITY;
+  if (!(quota_file >> quota) || !(period_file >> period) || quota <= 0 || period <= 0) return INFINITY;
+  return quota / period;
+}
+
+// The minimum over `path` and its ancestors below `root`, and the root itself, which is all that a container sees.
+template <class Quota>
+double tightest(const std::string& root, std::string path, const Quota& quota) {
+  double least = INFINITY;
+  for (;;) {
+    while (!path.empty() && path.back() == '/') path.pop_back();
+    least = std::min(least, quota(root + path));
+    if (path.empty()) return least;
+    path.resize(std::min(path.rfind('/'), path.size()));
+    if (path.find('/') == std::string::npos) path.clear();
+  }
+}
+
+bool lists_cpu(const std::string& controllers) {
+  std::istringstream names(controllers);
+  for (std::string name; std::getline(names, name, ',');) {
+    if (name == "cpu") return true;
+  }
+  return false;
+}
+
+// CPUs of the affinity mask, ascending.
+std::vector<int> affinity() {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  std::vector<int> cpus;
+  if (sched_getaffinity(0, sizeof(mask), &mask) != 0) return cpus;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
+  }
+  return cpus;
 }
 
 }  // namespace
 
+double cgroup_cpu_quota(const std::string& membership, const std::string& mount) {
+  // Lines are "hierarchy:controllers:path"; hierarchy 0 without controllers is version 2.
+  double least = INFINITY;
+  std::ifstream file(membership);
+  for (std::string line; std::getline(file, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1), path = line.substr(second + 1);
+    if (controllers.empty()) {
+      least = std::min(least, tightest(mount, path, quota_v2));
+      least = std::min(least, tightest(mount + "/unified", path, quota_v2));  // beside version 1
+    } else if (lists_cpu(controllers)) {
+      least = std::min(least, tightest(mount + "/" + controllers, path, quota_v1));
+      least = std::min(least, tightest(mount + "/cpu", path, quota_v1));
+    }
+  }
+  return least;
+}
+
 int usable_cpu_count() {
-  int count = static_cast<int>(std::thread::hardware_concurrency());
-  cpu_set_t mask;
-  CPU_ZERO(&mask);
-  if (sched_getaffinity(0, sizeof(mask), &mask) == 0) count = CPU_COUNT(&mask);
-  const double quota = cgroup_cpu_quota();
+  const size_t allowed = affinity().size();
+  int count = allowed != 0 ? static_cast<int>(allowed) : static_cast<int>(std::thread::hardware_concurrency());
+  const double quota = cgroup_cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
   if (std::isfinite(quota)) count = std::min(count, static_cast<int>(std::ceil(quota)));
   return std::max(count, 1);
 }
 
-ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cpu_count() : threads) {
+ThreadPool::ThreadPool(int threads) : size_(threads == 0 ? usable_cpu_count() : threads), birth_(fork_count()) {
   if (threads < 0) throw std::invalid_argument("threads must be 0 (all usable) or positive");
   workers_.reserve(static_cast<size_t>(size_ - 1));
   for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { worker(index); });
+  pin_workers();
 }
 
 ThreadPool::~ThreadPool() {
+  if (fork_count() != birth_) {
+    // The threads belong to the parent; joining or detaching them here is undefined, so their handles are left alone.
+    new std::vector<std::thread>(std::move(workers_));
+    return;
+  }
   stopping_.store(true, std::memory_order_relaxed);
   generation_.fetch_add(1, std::memory_order_seq_cst);
   generation_.notify_all();
   for (std::thread& thread : workers_) thread.join();
 }
 
+void ThreadPool::pin_workers() {
+  const char* wish = std::getenv("TOKENMILL_PIN");
+  const std::vector<int> cpus = affinity();
+  if ((wish != nullptr && std::string_view(wish) == "0") || size_ < 2 || cpus.size() != static_cast<size_t>(size_)) return;
+  pinned_ = true;
+  for (size_t i = 0; i < workers_.size(); ++i) {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    CPU_SET(cpus[i + 1], &mask);
+    pinned_ = pthread_setaffinity_np(workers_[i].native_handle(), sizeof(mask), &mask) == 0 && pinned_;
+  }
+}
+
 void ThreadPool::run_raw(RawJob job, const void* context) {
   const FloatEnvironment environment;
-  if (size_ == 1) {
+  if (size_ == 1 || forks.load(std::memory_order_relaxed) != birth_) {
     job(context, 0, 1);
     return;
   }
@@ -75,31 +183,22 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
   // generation or this thread sees the sleeper.
   if (sleepers_.load(std::memory_order_seq_cst) != 0) generation_.notify_all();
   job(context, 0, size_);
-  for (int spins = 0; remaining_.load(std::memory_order_acquire) != 0; ++spins) {
-    if (spins < 4 * kSpins) {
-      cpu_relax();
-    } else {
-      const uint32_t left = remaining_.load(std::memory_order_acquire);
-      if (left != 0) remaining_.wait(left, std::memory_order_acquire);
-    }
+  const auto joined = [this] { return remaining_.load(std::memory_order_acquire) == 0; };
+  if (spin(kCallerSpin, joined)) return;
+  for (uint32_t left; (left = remaining_.load(std::memory_order_acquire)) != 0;) {
+    remaining_.wait(left, std::memory_order_acquire);
   }
 }
 
 void ThreadPool::worker(int index) {
   const FloatEnvironment environment;
-  uint32_t seen = 0;
-  for (;;) {
-    int spins = 0;
-    while (generation_.load(std::memory_order_acquire) == seen) {
-      if (++spins < kSpins) {
-        cpu_relax();
-        continue;
-      }
+  for (uint32_t seen = 0;; ++seen) {
+    const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
+    while (!spin(kWorkerSpin, called)) {
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
       generation_.wait(seen, std::memory_order_seq_cst);
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
     }
-    ++seen;
     if (stopping_.load(std::memory_order_relaxed)) return;
     job_(context_, index, size_);
     // The caller may be waiting in the kernel; notify_one is a load and a branch when nobody is.

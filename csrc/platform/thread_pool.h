@@ -2,10 +2,18 @@
 //
 // Measured reasons for its shape: a fork and join costs 0.13 us while spinning and 50 us through a futex, and long
 // spins beside a competing process are catastrophic; so workers spin for about 50 us and then sleep.
+//
+// Pinning: if the affinity mask holds exactly as many CPUs as the pool has threads, each worker is bound to one of
+// them, and the calling thread finds the one left free; TOKENMILL_PIN=0 forbids it. The calling thread is never bound:
+// it is the application's.
+//
+// After fork() the child's copy of a pool has no workers. It stays usable: every job then runs on the caller alone,
+// as job(0, 1).
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -14,6 +22,10 @@ namespace tokenmill {
 
 // Threads this process may use: the affinity mask and the cgroup's CPU quota (v1 and v2), at least 1.
 int usable_cpu_count();
+
+// The tightest CPU quota, in CPUs, of a process's cgroup and its ancestors, or infinity. `membership` is the process's
+// /proc/self/cgroup, `mount` the place of the cgroup file systems (/sys/fs/cgroup).
+double cgroup_cpu_quota(const std::string& membership, const std::string& mount);
 
 class ThreadPool {
  public:
@@ -24,6 +36,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
+  // Whether every worker is bound to a CPU of its own.
+  bool pinned() const { return pinned_; }
 
   // Runs job(thread_index, thread_count) on every thread, the caller as index 0, and returns when all are done.
   // The job must not throw. Not reentrant; one caller at a time. Every thread runs with round-to-nearest and
@@ -42,8 +56,11 @@ class ThreadPool {
   using RawJob = void (*)(const void*, int, int);
   void run_raw(RawJob job, const void* context);
   void worker(int index);
+  void pin_workers();
 
   int size_;
+  bool pinned_ = false;
+  const int birth_;  // forks of this process's ancestors when the pool was made
   RawJob job_ = nullptr;
   const void* context_ = nullptr;
   alignas(64) std::atomic<uint32_t> generation_{0};

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import zlib
 
 import numpy as np
 import pytest
@@ -17,8 +16,12 @@ CONTEXT = 512
 CHUNK = 48
 
 
-def _prefix_hash(tokens: list[int], length: int) -> int:
-    return zlib.crc32(bytes(tokens[:length]))
+def _prefix_hashes(tokens: list[int]) -> list[int]:
+    """Entry p stands for tokens 0..p, on all of which the keys at slot p depend."""
+    hashes = [0]
+    for token in tokens:
+        hashes.append(hash((hashes[-1], token)))
+    return hashes[1:]
 
 
 class Model:
@@ -64,6 +67,7 @@ class Model:
         count = min(self.random.randint(1, CHUNK), len(tokens) - computed)
         if not self.cache.extend(pages, computed + count):
             return
+        hashes = _prefix_hashes(tokens)
         for slot in range(computed, computed + count):
             for group in range(len(self.groups)):
                 page = int(pages.table(group)[slot // PAGE_TOKENS])
@@ -72,8 +76,7 @@ class Model:
                     self.contents[group][page] = []
                 written = self.contents[group][page]
                 assert len(written) == slot % PAGE_TOKENS, "another sequence writes to this page too"
-                # The prefix up to the slot: keys of deeper layers depend on all of it.
-                written.append(_prefix_hash(tokens, slot + 1))
+                written.append(hashes[slot])
         self.check_contents(pages, tokens, computed + count)
         self.cache.commit(pages, np.array(tokens, np.int32), computed + count)
         self.live[place] = (pages, tokens, computed + count)
@@ -85,13 +88,14 @@ class Model:
 
     def check_contents(self, pages: SequencePages, tokens: list[int], computed: int) -> None:
         """Every slot that the next token sees holds what this very prefix wrote."""
+        hashes = _prefix_hashes(tokens)
         for group, spec in enumerate(self.groups):
             first = 0 if spec.window is None else max(0, computed - spec.window + 1)
             for block in range(first // PAGE_TOKENS, -(-computed // PAGE_TOKENS)):
                 page = int(pages.table(group)[block])
                 assert page >= 0, "a page that the next token sees is gone"
-                for slot in range(block * PAGE_TOKENS, min((block + 1) * PAGE_TOKENS, computed)):
-                    assert self.contents[group][page][slot % PAGE_TOKENS] == _prefix_hash(tokens, slot + 1)
+                begin, end = block * PAGE_TOKENS, min((block + 1) * PAGE_TOKENS, computed)
+                assert self.contents[group][page][: end - begin] == hashes[begin:end]
 
     def check(self) -> None:
         self.cache.check()

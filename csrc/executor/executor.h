@@ -1,0 +1,105 @@
+// Runs a program, step by step: the ops in order, each one parallel region, over one arena of activations and the
+// KV pages. Building it checks shapes; a step allocates nothing and calls nothing but kernels.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "executor/attention_op.h"
+#include "executor/kv_cache.h"
+#include "executor/linear_op.h"
+#include "executor/op.h"
+#include "executor/pointwise_ops.h"
+#include "platform/mapping.h"
+
+namespace tokenmill {
+
+class Executor {
+ public:
+  using ValueId = int32_t;
+
+  // An operand of add_linear_group.
+  struct Part {
+    ValueId x;
+    PackedWeight weight;
+    size_t weight_bytes;
+    ValueId out;
+    std::span<const float> bias;  // empty = none
+    std::optional<ValueId> residual;
+  };
+  // What an op with int8 copies assigns.
+  struct Outputs {
+    std::optional<ValueId> out;
+    std::vector<ValueId> copies;
+  };
+
+  // `threads` as for ThreadPool. Throws std::invalid_argument if a limit is not positive.
+  Executor(const StepLimits& limits, int32_t vocab_size, int threads);
+
+  // ---- building: everything throws std::invalid_argument for operands that do not fit ------------------------------
+  int32_t add_kv_group(const KvGroup& group) { return cache_.add(group); }
+  ValueId add_value(const Value& value);
+
+  // Weights are not copied; they must outlive the executor. Ops run in the order of these calls.
+  void add_embed(const PackedWeight& weight, size_t weight_bytes, ValueId out, float scale);
+  void add_rms_norm(ValueId x, std::span<const float> weight, const Outputs& outputs, float eps, int32_t group_width,
+                    float weight_offset);
+  void add_linear_group(std::span<const Part> parts);
+  void add_rope(ValueId x, ValueId out, const RopeArguments& arguments, std::vector<double> frequencies, double magnitude);
+  void add_attention(ValueId q, ValueId k, ValueId v, const Outputs& outputs, int32_t layer, int32_t group, int32_t heads,
+                     double scale, double softcap);
+  void add_gated_activation(ValueId gate, ValueId up, const Outputs& outputs, Activation activation);
+  void add_add(ValueId a, ValueId b, ValueId out);
+  void add_softcap(ValueId x, ValueId out, float cap);
+  void add_gather_sampled(ValueId x, ValueId out);
+  void add_quantize(ValueId x, ValueId out);
+
+  // Allocates arena and scratch. Nothing can be added afterwards.
+  void prepare();
+
+  // ---- running: one caller at a time, others wait ------------------------------------------------------------------
+  // Executes ops [first, last) for the plan. Throws std::invalid_argument, before anything is touched, if the plan
+  // breaks a limit or the range lies outside of the program.
+  void run(std::span<const int32_t> plan, int32_t first, int32_t last);
+  // Runs the whole program again, op by op, and returns the index of the first op that produced a non-finite number
+  // in a row on which sampled row `sampled_row` depends, or -1. Writes the same keys and values as the step itself.
+  int32_t diagnose(std::span<const int32_t> plan, int32_t sampled_row);
+
+  int32_t op_count() const { return static_cast<int32_t>(ops_.size()); }
+  int threads() const { return pool_.size(); }
+  const StepLimits& limits() const { return limits_; }
+  const KvCache& cache() const { return cache_; }
+  const Value& value(ValueId id) const;
+  uint8_t* memory(ValueId id) const;
+  // Activations, per-thread scratch, span records and angle tables.
+  size_t scratch_bytes() const;
+
+ private:
+  const Value& typed(ValueId id, ActivationFormat format) const;
+  const Value& floats(ValueId id) const { return typed(id, ActivationFormat::kF32); }
+  RowOutputs row_outputs(const Value& like, const Outputs& outputs) const;
+  void add(std::unique_ptr<Op> op);
+  StepContext context(const StepPlan& plan);
+  StepPlan read(std::span<const int32_t> plan) const;
+  void start(const StepContext& context);
+
+  StepLimits limits_;
+  int32_t vocab_size_;
+  ThreadPool pool_;
+  KvCache cache_;
+  std::vector<Value> values_;
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::vector<std::unique_ptr<RopeTable>> rope_tables_;
+  std::vector<std::unique_ptr<AttentionSchedule>> schedules_;
+  bool prepared_ = false;
+  std::vector<PageBounds> page_bounds_;
+  Mapping arena_, thread_scratch_, spare_rows_;
+  size_t thread_scratch_bytes_ = 0;
+  std::mutex running_;
+};
+
+}  // namespace tokenmill

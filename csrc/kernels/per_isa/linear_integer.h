@@ -1,0 +1,246 @@
+// Integer dot products of quantized weights and int8 activations (NUMERICS N3): the one definition of the sequence of
+// floating-point operations that an output sees, shared by every row count, tile shape and weight format.
+#pragma once
+
+#include "kernels/per_isa/linear_codes.h"
+
+namespace tokenmill::TM_ISA {
+
+TM_INLINE int32_t load_i32(const uint8_t* p) {
+  int32_t value;
+  memcpy(&value, p, 4);
+  return value;
+}
+TM_INLINE float load_f32(const uint8_t* p) {
+  float value;
+  memcpy(&value, p, 4);
+  return value;
+}
+
+// The activations of one chunk: each part points to its values of the first row (see ActivationLayout).
+struct ChunkActivations {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  const uint8_t* sums;
+  const uint8_t* scaled_sums;
+  const uint8_t* pairs;
+  size_t stride;
+
+  TM_INLINE int32_t quad(int row, int group, int j) const { return load_i32(codes + static_cast<size_t>(row) * stride + 32 * group + 4 * j); }
+  TM_INLINE F32x16 scale(int row, int group) const { return set1(load_f32(scales + static_cast<size_t>(row) * stride + 4 * group)); }
+  TM_INLINE int32_t sum(int row, int index) const { return load_i32(sums + static_cast<size_t>(row) * stride + 4 * index); }
+  TM_INLINE F32x16 scaled_sum(int row, int group) const { return set1(load_f32(scaled_sums + static_cast<size_t>(row) * stride + 4 * group)); }
+  TM_INLINE int32_t pair(int row, int index) const { return load_i32(pairs + static_cast<size_t>(row) * stride + 4 * index); }
+
+  TM_INLINE ChunkActivations from_row(int row) const {
+    const size_t skip = static_cast<size_t>(row) * stride;
+    return {codes + skip, scales + skip, sums + skip, scaled_sums + skip, pairs + skip, stride};
+  }
+};
+
+// What decides the arithmetic of a format; formats of one kind share the many-row kernel.
+template <bool kSuperBlock, int kScaleColumns, bool kHasMinimum, int kDotBits>
+struct IntegerKind {
+  // Codes of `kTileBlocks` row blocks, unpacked, beside their scales.
+  struct Tile {
+    alignas(64) uint8_t codes[kChunkColumns / 4][kTileBlocks][64];
+    ChunkScales scales[kTileBlocks];
+    int code_offset;
+
+    template <int j>
+    TM_INLINE U8x64 quad(int block, int group) const { return load_u8x64(codes[8 * group + j][block]); }
+    TM_INLINE int offset() const { return code_offset; }
+  };
+
+  using Activations = ChunkActivations;
+
+  template <int kRows>
+  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ChunkActivations& x, F32x16 (&acc)[kRows][kTileBlocks]) {
+    multiply<kRows, kTileBlocks>(tile, tile.scales, columns / kGroupColumns, x, acc);
+  }
+
+  // acc[m][n] += the products of one chunk.
+  template <int kRows, int kBlocks, class Codes>
+  static TM_INLINE void multiply(const Codes& codes, const ChunkScales* scales, int groups, const ChunkActivations& x,
+                                 F32x16 (&acc)[kRows][kBlocks]) {
+    if constexpr (kSuperBlock) {
+      multiply_super_block<kRows, kBlocks>(codes, scales, x, acc);
+    } else {
+      multiply_groups<kRows, kBlocks>(codes, scales, groups, x, acc);
+    }
+  }
+
+ private:
+  // dot[m][n] = the exact dot product of quads begin .. end - 1 of a group; `sum_index` names their sum of activations.
+  template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
+  static TM_INLINE void dot_quads(const Codes& codes, int group, int sum_index, const ChunkActivations& x,
+                                  I32x16 (&dot)[kRows][kBlocks]) {
+    unroll<kRows>([&](auto m) TM_UNROLLED {
+      I32x16 start = zero_i32();
+      if constexpr (!kHasMinimum) start = set1_i32(-codes.offset() * x.sum(m, sum_index));
+      unroll<kBlocks>([&](auto n) TM_UNROLLED { dot[m][n] = start; });
+    });
+    unroll<kEnd - kBegin>([&](auto i) TM_UNROLLED {
+      constexpr int j = kBegin + decltype(i)::value;
+      U8x64 w[kBlocks];
+      unroll<kBlocks>([&](auto n) TM_UNROLLED { w[n] = codes.template quad<j>(n, group); });
+      unroll<kRows>([&](auto m) TM_UNROLLED {
+        const int32_t quad = x.quad(m, group, j);
+        unroll<kBlocks>([&](auto n) TM_UNROLLED { dot[m][n] = dot4<kDotBits>(dot[m][n], w[n], quad); });
+      });
+    });
+  }
+
+  template <int kRows, int kBlocks, class Codes>
+  static TM_INLINE void multiply_groups(const Codes& codes, const ChunkScales* scales, int groups, const ChunkActivations& x,
+                                        F32x16 (&acc)[kRows][kBlocks]) {
+    for (int g = 0; g < groups; ++g) {
+      I32x16 dot[kRows][kBlocks];
+      dot_quads<kRows, kBlocks, 0, 8>(codes, g, g, x, dot);
+      unroll<kBlocks>([&](auto n) TM_UNROLLED {
+        const F32x16 scale = load(scales[n].scale[g]);
+        unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(mul(to_f32(dot[m][n]), x.scale(m, g)), scale, acc[m][n]); });
+        if constexpr (kHasMinimum) {
+          const F32x16 minimum = load(scales[n].minimum[g]);
+          unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(x.scaled_sum(m, g), minimum, acc[m][n]); });
+        }
+      });
+    }
+  }
+
+  template <int kRows, int kBlocks, class Codes>
+  static TM_INLINE void multiply_super_block(const Codes& codes, const ChunkScales* scales, const ChunkActivations& x,
+                                             F32x16 (&acc)[kRows][kBlocks]) {
+    F32x16 p[kRows][kBlocks];
+    unroll<kRows>([&](auto m) TM_UNROLLED { unroll<kBlocks>([&](auto n) TM_UNROLLED { p[m][n] = zero_f32(); }); });
+    for (int g = 0; g < kChunkColumns / kGroupColumns; ++g) {
+      if constexpr (kScaleColumns == 32) {
+        add_scaled<kRows, kBlocks, 0, 8>(codes, scales, g, g, x, p);
+      } else {
+        add_scaled<kRows, kBlocks, 0, 4>(codes, scales, g, 2 * g, x, p);
+        add_scaled<kRows, kBlocks, 4, 8>(codes, scales, g, 2 * g + 1, x, p);
+      }
+    }
+    unroll<kBlocks>([&](auto n) TM_UNROLLED {
+      const F32x16 d = load(scales[n].d);
+      unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(p[m][n], mul(d, x.scale(m, 0)), acc[m][n]); });
+      if constexpr (kHasMinimum) {
+        const F32x16 negative_dmin = load(scales[n].negative_dmin);
+        unroll<kRows>([&](auto m) TM_UNROLLED {
+          I32x16 sum = zero_i32();
+          unroll<kChunkColumns / kScaleColumns / 2>([&](auto i) TM_UNROLLED {
+            sum = dot2(sum, load(scales[n].minimum_pairs[i]), x.pair(m, i));
+          });
+          acc[m][n] = fma(to_f32(sum), mul(negative_dmin, x.scale(m, 0)), acc[m][n]);
+        });
+      }
+    });
+  }
+
+  template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
+  static TM_INLINE void add_scaled(const Codes& codes, const ChunkScales* scales, int group, int scale_index,
+                                   const ChunkActivations& x, F32x16 (&p)[kRows][kBlocks]) {
+    I32x16 dot[kRows][kBlocks];
+    dot_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, scale_index, x, dot);
+    unroll<kBlocks>([&](auto n) TM_UNROLLED {
+      const F32x16 scale = load(scales[n].scale[scale_index]);
+      unroll<kRows>([&](auto m) TM_UNROLLED { p[m][n] = fma(to_f32(dot[m][n]), scale, p[m][n]); });
+    });
+  }
+};
+
+// A quantized format, as the drivers of linear_drivers.h see it.
+template <WeightFormat kFormat>
+struct QuantizedFormat {
+  static constexpr ChunkLayout kLayout = chunk_layout(kFormat);
+  static constexpr int kRestartColumns = kSegmentColumns;  // accumulators start from zero again
+  static constexpr int kChunkBytes = chunk_planes(kLayout, kChunkColumns / kGroupColumns).bytes;
+  // IQ4_NL's codes become bytes by its table.
+  static constexpr int kDotBits = kLayout.code_bits == 8 || kFormat == WeightFormat::kIq4Nl ? 8 : 6;
+  using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.has_minimum, kDotBits>;
+  using Tile = typename Kind::Tile;
+
+  static TM_INLINE int chunk_bytes(int columns) {
+    return kLayout.super_block() ? kChunkBytes : kChunkBytes / 8 * (columns / kGroupColumns);
+  }
+
+  // Activations of rows row.. and columns column..
+  static TM_INLINE ChunkActivations activations(const LinearArguments& arguments, int32_t row, int32_t column) {
+    constexpr ActivationFormat kActivation =
+        kLayout.super_block() ? ActivationFormat::kInt8Group256 : ActivationFormat::kInt8Group32;
+    const ActivationLayout at = activation_layout(kActivation, arguments.weight.k);
+    const uint8_t* x = arguments.x + static_cast<size_t>(row) * arguments.x_stride;
+    const int groups = column / kGroupColumns;
+    ChunkActivations out{};
+    out.codes = x + column;
+    out.stride = arguments.x_stride;
+    if constexpr (kLayout.super_block()) {
+      out.scales = x + at.scales + column / kChunkColumns * 4;
+      out.sums = x + at.sums + groups * 8;
+      out.pairs = kLayout.scale_columns == 32 ? x + at.pairs32 + groups * 2 : x + at.pairs16 + groups * 4;
+    } else {
+      out.scales = x + at.scales + groups * 4;
+      out.sums = x + at.sums + groups * 4;
+      out.scaled_sums = x + at.scaled_sums + groups * 4;
+    }
+    return out;
+  }
+
+  template <int kRows>
+  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ChunkActivations& x, F32x16 (&acc)[kRows][1]) {
+    const int groups = kLayout.super_block() ? kChunkColumns / kGroupColumns : columns / kGroupColumns;
+    const PackedCodes<kFormat> codes(chunk, groups);
+    ChunkScales scales;
+    codes.expand_scales(groups, scales);
+    Kind::template multiply<kRows, 1>(codes, &scales, groups, x, acc);
+  }
+
+  static TM_INLINE void unpack(const uint8_t* chunk, int columns, Tile& tile, int block) {
+    const int groups = columns / kGroupColumns;
+    const PackedCodes<kFormat> codes(chunk, groups);
+    codes.expand_scales(groups, tile.scales[block]);
+    tile.code_offset = codes.offset();
+    for (int g = 0; g < groups; ++g) {
+      unroll<8>([&](auto j) TM_UNROLLED {
+        store_u8x64(tile.codes[8 * g + j][block], codes.template quad<decltype(j)::value>(0, g));
+      });
+    }
+  }
+
+  static void decode_row(const PackedWeight& weight, int32_t row, float* out);
+};
+
+// The file format's reference decoding, operation by operation: (d * scale) * q - dmin * minimum.
+template <WeightFormat kFormat>
+void QuantizedFormat<kFormat>::decode_row(const PackedWeight& weight, int32_t row, float* out) {
+  const uint8_t* chunk = weight.data + static_cast<size_t>(row / kBlockRows) * row_block_bytes(kFormat, weight.k);
+  const int lane = row % kBlockRows;
+  for (int32_t column = 0; column < weight.k; column += kChunkColumns) {
+    const int columns = weight.k - column < kChunkColumns ? weight.k - column : kChunkColumns;
+    const int groups = columns / kGroupColumns;
+    const PackedCodes<kFormat> codes(chunk, groups);
+    ChunkScales scales;
+    codes.expand_scales(groups, scales);
+    for (int g = 0; g < groups; ++g) {
+      alignas(64) uint8_t quads[8][64];
+      unroll<8>([&](auto j) TM_UNROLLED { store_u8x64(quads[j], codes.template quad<decltype(j)::value>(0, g)); });
+      for (int i = 0; i < kGroupColumns; ++i) {
+        const int index = (32 * g + i) / kLayout.scale_columns;
+        const float q = static_cast<float>(quads[i / 4][4 * lane + i % 4] - codes.offset());
+        float scale = scales.scale[index][lane], value;
+        if constexpr (kLayout.super_block()) scale = scales.d[lane] * scale;
+        value = scale * q;
+        if constexpr (kLayout.has_minimum && kLayout.super_block()) {
+          const int32_t minimum = (scales.minimum_pairs[index / 2][lane] >> (16 * (index % 2))) & 0xffff;
+          value = value + scales.negative_dmin[lane] * static_cast<float>(minimum);
+        } else if constexpr (kLayout.has_minimum) {
+          value = value + scales.minimum[index][lane];
+        }
+        out[column + 32 * g + i] = value;
+      }
+    }
+    chunk += chunk_bytes(columns);
+  }
+}
+
+}  // namespace tokenmill::TM_ISA

@@ -1,0 +1,59 @@
+// Register-tile shapes of the Linear kernels on each path, and compile-time loops.
+//
+// No shape changes a bit: every output has its own accumulators and sees the same operations in the same order.
+#pragma once
+
+#include "kernels/linear.h"
+#include "kernels/simd.h"
+
+// Lambdas in unrolled loops must be inlined, or the accumulators they capture live on the stack.
+#define TM_UNROLLED __attribute__((always_inline))
+
+namespace tokenmill::TM_ISA {
+
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+  TM_INLINE constexpr operator int() const { return kValue; }
+};
+
+template <int... kValues>
+struct Indices {};
+template <int kCount, int... kValues>
+struct MakeIndices : MakeIndices<kCount - 1, kCount - 1, kValues...> {};
+template <int... kValues>
+struct MakeIndices<0, kValues...> {
+  using type = Indices<kValues...>;
+};
+
+template <class Body, int... kValues>
+TM_INLINE void unroll_over(Indices<kValues...>, Body body) {
+  (body(Index<kValues>{}), ...);
+}
+// body(Index<0>{}) ... body(Index<kCount - 1>{}), each with a constant, so that arrays it indexes become registers.
+template <int kCount, class Body>
+TM_INLINE void unroll(Body body) {
+  unroll_over(typename MakeIndices<kCount>::type{}, body);
+}
+
+// Rows of activations and row blocks of weights in one register tile of the many-row kernel.
+// kDirect: row counts with a kernel of their own that reads the packed stream, descending; other counts are sums of these.
+// kDirectRows: up to here reading the packed stream (again for every kDirect rows) beats unpacking a tile.
+#if defined(TM_PATH_AVX512)
+inline constexpr int kTileRows = 4, kTileBlocks = 3, kDirectRows = 12;
+using DirectRows = Indices<8, 6, 4, 3, 2, 1>;
+#elif defined(TM_PATH_AVX2)
+inline constexpr int kTileRows = 3, kTileBlocks = 1, kDirectRows = 8;
+using DirectRows = Indices<4, 2, 1>;
+#elif defined(TM_PATH_NEON)
+inline constexpr int kTileRows = 3, kTileBlocks = 1, kDirectRows = 8;
+using DirectRows = Indices<4, 2, 1>;
+#else
+inline constexpr int kTileRows = 4, kTileBlocks = 1, kDirectRows = 4;
+using DirectRows = Indices<4, 1>;
+#endif
+
+// Rows that share one unpacked tile; their accumulators wait in scratch.
+inline constexpr int kSweepRows = 256;
+
+}  // namespace tokenmill::TM_ISA

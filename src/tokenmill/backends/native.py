@@ -1,0 +1,248 @@
+"""The native backend: lowers a program once to the C++ executor, then runs each step in one call without the GIL."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenmill import _native
+from tokenmill.backends.backend import Float32, ModelWeights, StepLimits
+from tokenmill.program.buffers import plan_buffers
+from tokenmill.program.fuse import fuse
+from tokenmill.program.ops import (
+    Activation,
+    Add,
+    Attention,
+    Embed,
+    GatedActivation,
+    GatherSampled,
+    Linear,
+    LinearGroup,
+    LinearPart,
+    Op,
+    Quantize,
+    RmsNorm,
+    Rope,
+    RopeStyle,
+    Rows,
+    SoftCap,
+    Value,
+)
+from tokenmill.program.program import Program
+from tokenmill.program.step import StepPlan
+
+# Numbers shared with csrc/kernels/pointwise.h.
+_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2}
+_ROPE_STYLES = {RopeStyle.HALF: 0, RopeStyle.INTERLEAVED: 1}
+
+
+class NativeBackend:
+    """Runs a program on the CPU's kernels. One instance serves one caller at a time."""
+
+    def __init__(
+        self,
+        program: Program,
+        weights: ModelWeights,
+        limits: StepLimits,
+        kv_pages: Sequence[int],
+        threads: int = 0,
+        taps: Collection[str] = (),
+    ) -> None:
+        """Fuses and lowers ``program`` and allocates its buffers and KV pages.
+
+        ``kv_pages`` gives the pages of each KV group; ``threads`` 0 means all that the process may use. Besides the
+        program's results and ``hidden``, only values named in ``taps`` can be read from a step. Raises KeyError for a
+        tap or weight that does not exist, ValueError for limits that do not fit and MemoryError.
+        """
+        if len(kv_pages) != len(program.kv_groups):
+            raise ValueError(f"kv_pages has {len(kv_pages)} entries, the program {len(program.kv_groups)} KV groups")
+        names = program.values()
+        for tap in taps:
+            if tap not in names:
+                raise KeyError(f"cannot tap {tap}: the program has no such value")
+        keep = {name for name, readers in program.readers().items() if not readers} | set(taps) | ({"hidden"} & set(names))
+        formats = {name: weights.matrix(name).format for name in program.matrices()}
+        self.program = fuse(program, formats, keep)
+        """The fused program; ``first_op`` and ``last_op`` of :meth:`run` count its ops."""
+        self.kv_groups = program.kv_groups
+        self.limits = limits
+        self._weights = weights
+        self._matrices: dict[str, _native.Matrix] = {}
+        self._ids: dict[str, int] = {}
+        self._outputs = {name: value for name, value in self.program.values().items() if name in keep}
+        self._executor: _native.Executor | None = None
+        executor = _native.Executor(
+            limits.tokens, limits.sequences, limits.sampled, limits.context, program.vocab_size, threads
+        )
+        for group, pages in zip(program.kv_groups, kv_pages, strict=True):
+            executor.add_kv_group(group.layers, group.kv_heads, group.head_dim, group.window, group.element, pages)
+        buffers = plan_buffers(self.program, limits, keep, _native.value_row_bytes)
+        for name, value in self.program.values().items():
+            place = buffers.placements[name]
+            sampled = value.rows is Rows.SAMPLED
+            self._ids[name] = executor.add_value(place.offset, place.row_bytes, value.width, value.format, sampled)
+        for op in self.program.ops:
+            self._lower(executor, op)
+        executor.prepare()
+        self._executor = executor
+
+    # ---- running -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        plan: StepPlan,
+        first_op: int = 0,
+        last_op: int | None = None,
+        outputs: Iterable[str] = ("logits",),
+    ) -> Mapping[str, Float32]:
+        """Executes ops [first_op, last_op) of the fused program and returns the named values as views.
+
+        See :meth:`tokenmill.backends.backend.Backend.run`.
+        """
+        executor = self._open()
+        values = [(name, self._output(name)) for name in outputs]
+        executor.run(plan.buffer, first_op, len(self.program.ops) if last_op is None else last_op)
+        tokens, sampled = plan.tokens, plan.sampled
+        return {
+            name: executor.value(self._ids[name], sampled if value.rows is Rows.SAMPLED else tokens)
+            for name, value in values
+        }
+
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
+
+        Runs the step's ops again, which writes the same keys and values; call it right after the step. None if every
+        number is finite.
+        """
+        index = self._open().diagnose(plan.buffer, sampled_row)
+        if index < 0:
+            return None
+        op = self.program.ops[index]
+        return f"{type(op).__name__} {', '.join(value.name for value in op.outputs())}"
+
+    def close(self) -> None:
+        """Drops the executor with its threads, buffers and KV pages; views that are still held keep them alive."""
+        self._executor = None
+        self._matrices.clear()
+
+    # ---- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def threads(self) -> int:
+        """Threads of a step, the caller's included."""
+        return self._open().threads
+
+    def scratch_bytes(self) -> int:
+        """Bytes of activation buffers and per-thread scratch, as allocated."""
+        return self._open().scratch_bytes
+
+    def kv_bytes(self) -> int:
+        """Bytes of the KV pages, as allocated."""
+        return self._open().kv_bytes
+
+    def kv_plane(self, group: int, plane: int) -> npt.NDArray[np.uint16] | Float32:
+        """The key (0) or value (1) plane of a group in place: ``[pages, layers, kv_heads, 32 * head_dim]``.
+
+        16-bit elements appear as uint16. The arrangement inside a page is that of :mod:`tokenmill.program.kv`.
+        """
+        return self._open().kv_plane(group, plane)
+
+    def copy_page(self, group: int, from_page: int, to_page: int) -> None:
+        """Copies a page, all layers and planes. Raises ValueError for a page that does not exist."""
+        self._open().copy_page(group, from_page, to_page)
+
+    # ---- lowering ----------------------------------------------------------------------------------------------------
+
+    def _open(self) -> _native.Executor:
+        if self._executor is None:
+            raise ValueError("the backend is closed")
+        return self._executor
+
+    def _output(self, name: str) -> Value:
+        if name not in self._outputs:
+            raise KeyError(
+                f"{name} cannot be read from this backend: it keeps {', '.join(sorted(self._outputs))}; "
+                f"name others in NativeBackend(taps=...)"
+            )
+        return self._outputs[name]
+
+    def _matrix(self, name: str) -> _native.Matrix:
+        if name not in self._matrices:
+            packed = self._weights.matrix(name)
+            self._matrices[name] = _native.Matrix(packed.format, packed.n, packed.k, packed.data)
+        return self._matrices[name]
+
+    def _vector(self, name: str) -> Float32:
+        return np.ascontiguousarray(self._weights.vector(name), dtype=np.float32)
+
+    def _id(self, value: Value) -> int:
+        return self._ids[value.name]
+
+    def _optional(self, value: Value | None) -> int | None:
+        return None if value is None else self._ids[value.name]
+
+    def _all(self, values: Iterable[Value]) -> list[int]:
+        return [self._ids[value.name] for value in values]
+
+    def _part(self, part: LinearPart) -> _native.LinearPart:
+        bias = None if part.bias is None else self._vector(part.bias)
+        matrix = self._matrix(part.weight)
+        return _native.LinearPart(self._id(part.x), matrix, self._id(part.out), bias, self._optional(part.residual))
+
+    def _lower(self, executor: _native.Executor, op: Op) -> None:
+        match op:
+            case Embed():
+                executor.add_embed(self._matrix(op.weight), self._id(op.out), op.scale)
+            case RmsNorm():
+                executor.add_rms_norm(
+                    self._id(op.x),
+                    self._vector(op.weight),
+                    self._optional(op.out),
+                    self._all(op.quantized),
+                    op.eps,
+                    op.group_width,
+                    op.weight_offset,
+                )
+            case Linear():
+                executor.add_linear_group([self._part(LinearPart(op.x, op.weight, op.out, op.bias))])
+            case LinearGroup():
+                executor.add_linear_group([self._part(part) for part in op.parts])
+            case Rope():
+                executor.add_rope(
+                    self._id(op.x),
+                    self._id(op.out),
+                    op.heads,
+                    op.head_dim,
+                    op.rotary_dim,
+                    _ROPE_STYLES[op.style],
+                    list(op.frequencies),
+                    op.magnitude,
+                )
+            case Attention():
+                executor.add_attention(
+                    self._id(op.q),
+                    self._id(op.k),
+                    self._id(op.v),
+                    self._optional(op.out),
+                    self._all(op.quantized),
+                    op.layer,
+                    op.group,
+                    op.heads,
+                    op.scale,
+                    op.softcap,
+                )
+            case GatedActivation():
+                gate, up, copies = self._id(op.gate), self._id(op.up), self._all(op.quantized)
+                executor.add_gated_activation(gate, up, self._optional(op.out), copies, _ACTIVATIONS[op.activation])
+            case Add():
+                executor.add_add(self._id(op.a), self._id(op.b), self._id(op.out))
+            case SoftCap():
+                executor.add_softcap(self._id(op.x), self._id(op.out), op.cap)
+            case GatherSampled():
+                executor.add_gather_sampled(self._id(op.x), self._id(op.out))
+            case Quantize():
+                executor.add_quantize(self._id(op.x), self._id(op.out))
+            case _:
+                raise ValueError(f"the native backend has no kernel for {type(op).__name__}")

@@ -1,0 +1,423 @@
+"""The native sampler against the same definitions written plainly in numpy's float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from tokenmill import _native
+
+OK, NOT_FINITE, NOTHING_ALLOWED = 0, 1, 2
+INF = float("inf")
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _native.active_isa()
+    _native.set_active_isa(request.param)
+    yield request.param
+    _native.set_active_isa(before)
+
+
+def sample(
+    logits: np.ndarray, tokens: list[int] | None = None, prompt: int | None = None, **settings: object
+) -> tuple[int, int]:
+    """Id and status for one row."""
+    row = np.ascontiguousarray(logits, dtype=np.float32)[None]
+    history = np.array([0] if tokens is None else tokens, np.int32)
+    result = _native.Sampler(row.shape[1]).sample(
+        row,
+        np.zeros(1, np.int32),
+        [_native.SamplerSettings(**settings)],  # type: ignore[arg-type]
+        [history],
+        np.array([len(history) if prompt is None else prompt], np.int32),
+    )
+    return int(result[0][0]), int(result[1][0])
+
+
+def draw(logits: np.ndarray, draws: int, **settings: object) -> np.ndarray:
+    """Counts of ``draws`` ids, each with another seed."""
+    row = np.ascontiguousarray(logits, dtype=np.float32)[None]
+    result = _native.Sampler(row.shape[1]).sample(
+        row,
+        np.zeros(draws, np.int32),
+        [_native.SamplerSettings(seed=seed, **settings) for seed in range(draws)],  # type: ignore[arg-type]
+        [np.zeros(1, np.int32)] * draws,
+        np.ones(draws, np.int32),
+    )
+    assert not result[1].any()
+    return np.bincount(result[0], minlength=row.shape[1])
+
+
+def kept(logits: np.ndarray, draws: int = 3000, **settings: object) -> set[int]:
+    return set(np.flatnonzero(draw(logits, draws, **settings)).tolist())
+
+
+def reference(
+    logits: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    min_p: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    typical_p: float = 1.0,
+) -> np.ndarray:
+    """The distribution that the settings define."""
+    x = np.asarray(logits, np.float32).astype(np.float64) / np.float64(np.float32(temperature))
+    weights = np.exp(x - x.max())
+
+    def keep(order: np.ndarray, target: float) -> None:
+        cumulative = np.cumsum(weights[order])
+        last = int(np.searchsorted(cumulative, target - 1e-12))
+        weights[order[last + 1 :]] = 0
+
+    weights[weights < np.float32(min_p)] = 0
+    best_first = np.lexsort((np.arange(len(x)), -x))
+    if top_k:
+        weights[best_first[top_k:]] = 0
+    if top_p < 1:
+        keep(best_first, top_p * weights.sum())
+    if typical_p < 1:
+        p = weights / weights.sum()
+        information = np.where(p > 0, -np.log(np.where(p > 0, p, 1)), INF)
+        entropy = (p[p > 0] * information[p > 0]).sum()
+        order = np.lexsort((np.arange(len(x)), np.abs(information - entropy)))
+        keep(order, typical_p * weights.sum())
+    return weights / weights.sum()
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 3.0},
+    {"top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.2},
+    {"typical_p": 0.6},
+    {"top_k": 20, "top_p": 0.9, "temperature": 1.3},
+    {"min_p": 0.05, "typical_p": 0.7},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_draws_follow_the_distribution_that_the_settings_define(settings: dict[str, float], isa: str) -> None:
+    draws = 20_000
+    logits = np.random.default_rng(5).normal(size=60) * 1.5
+    counts = draw(logits, draws, **settings)
+    expected = reference(logits, **settings) * draws  # type: ignore[arg-type]
+    assert not counts[expected == 0].any(), "a token was drawn that the settings exclude"
+    likely = expected >= 5
+    rest = expected[~likely].sum()
+    chi_square = ((counts[likely] - expected[likely]) ** 2 / expected[likely]).sum()
+    freedom = int(likely.sum()) - 1
+    if rest >= 5:
+        chi_square += (counts[~likely].sum() - rest) ** 2 / rest
+        freedom += 1
+    # Mean `freedom`, variance 2 `freedom`: five standard deviations and a little for few degrees.
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("vocabulary", [70, 1000, 50_000])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 40.0])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocabulary: int, spread: float) -> None:
+    """In id order, at the seed's uniform number. One token too many or too few among those kept would show."""
+    rng = np.random.default_rng(vocabulary)
+    row = (rng.normal(size=(1, vocabulary)) * spread).astype(np.float32)
+    draws = 100
+    words = [_native.draw_words(seed, 0, 1) for seed in range(draws)]
+    uniform = np.array([((a >> 5) * 2**26 + (b >> 6)) / 2**53 for a, b, _, _ in words])
+    sampler = _native.Sampler(vocabulary)
+    for settings in (
+        {},
+        {"top_k": 17},
+        {"top_k": vocabulary - 3},
+        {"top_p": 0.5},
+        {"top_p": 0.99},
+        {"min_p": 0.3},
+        {"top_k": 40, "top_p": 0.9},
+        {"typical_p": 0.7},
+    ):
+        if "typical_p" in settings and spread <= 0.01:
+            continue  # keys that tie, or nearly: which of them are kept is a matter of the last bits
+        settings_of = [_native.SamplerSettings(seed=seed, **settings) for seed in range(draws)]  # type: ignore[arg-type]
+        one = [np.zeros(1, np.int32)] * draws
+        ids = sampler.sample(row, np.zeros(draws, np.int32), settings_of, one, np.ones(draws, np.int32))[0]
+        cumulative = np.concatenate([[0], np.cumsum(reference(row[0], **settings))])  # type: ignore[arg-type]
+        tolerance = 3e-6
+        assert (cumulative[ids] <= uniform + tolerance).all()
+        assert (cumulative[ids + 1] >= uniform - tolerance).all()
+
+
+def test_ties_at_the_border_of_top_k_are_won_by_lower_ids(isa: str) -> None:
+    logits = np.array([1.0, 2.0, 1.0, 1.0, 2.0, 1.0])
+    assert kept(logits, top_k=3) == {0, 1, 4}
+    assert kept(np.zeros(200), top_k=4) == {0, 1, 2, 3}
+
+
+def test_ties_at_the_border_of_top_p_are_won_by_lower_ids(isa: str) -> None:
+    assert kept(np.zeros(8), top_p=0.5) == {0, 1, 2, 3}
+    assert kept(np.zeros(5000), 300, top_p=0.001) == {0, 1, 2, 3, 4}
+
+
+def test_top_p_keeps_the_token_that_reaches_the_mass() -> None:
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    assert kept(logits, top_p=0.49) == {0}
+    assert kept(logits, top_p=0.51) == {0, 1}
+    assert kept(logits, top_p=0.79) == {0, 1}
+    assert kept(logits, top_p=0.81) == {0, 1, 2}
+
+
+def test_top_p_applies_to_what_top_k_left() -> None:
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    assert kept(logits, top_k=2, top_p=0.6) == {0, 1}  # 0.4 / 0.7 is below 0.6
+    assert kept(logits, top_k=2, top_p=0.56) == {0}
+
+
+def test_the_ends_of_each_range() -> None:
+    logits = np.log([0.4, 0.3, 0.2, 0.1])
+    every = {0, 1, 2, 3}
+    assert kept(logits, top_p=1.0) == every
+    assert kept(logits, top_p=0.0) == {0}
+    assert kept(logits, top_k=4) == kept(logits, top_k=1000) == kept(logits, top_k=0) == every
+    assert kept(logits, top_k=1) == {0}
+    assert kept(logits, min_p=0.0) == every
+    assert kept(logits, min_p=1.0) == {0}
+    assert kept(logits, typical_p=1.0) == every
+    assert len(kept(logits, typical_p=0.0)) == 1
+
+
+def test_typical_sampling_can_drop_the_likeliest_token() -> None:
+    # Entropy 2.36 nats: the many tokens of probability 0.05 (3.0 nats) are nearer to it than 0.4 (0.92 nats).
+    logits = np.log([0.4] + [0.05] * 12)
+    assert 0 not in kept(logits, typical_p=0.5)
+
+
+def test_a_row_with_one_possible_token_gives_it(isa: str) -> None:
+    logits = np.full(300, -INF)
+    logits[123] = -4.0
+    for settings in ({"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.3}, {"min_p": 0.1}, {"typical_p": 0.5}):
+        assert sample(logits, **settings) == (123, OK)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), INF])
+@pytest.mark.parametrize("place", [0, 63, 64, 299])
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {}, {"top_p": 0.5}], ids=str)
+def test_a_row_with_nan_or_infinity_is_reported(bad: float, place: int, settings: dict[str, float], isa: str) -> None:
+    logits = np.zeros(300)
+    logits[place] = bad
+    assert sample(logits, **settings) == (-1, NOT_FINITE)
+
+
+def test_a_row_where_nothing_may_be_picked_is_reported() -> None:
+    assert sample(np.full(300, -INF))[1] == NOTHING_ALLOWED
+    assert sample(np.zeros(3), min_tokens=5, end_ids=[0, 1, 2])[1] == NOTHING_ALLOWED
+
+
+def test_greedy_takes_the_lowest_of_equal_ids(isa: str) -> None:
+    logits = np.zeros(500)
+    logits[[77, 78, 300]] = 2.5
+    assert sample(logits, temperature=0.0) == (77, OK)
+
+
+def test_huge_and_tiny_logits_and_temperatures() -> None:
+    logits = np.array([-3e38, 3e38, 1.0, -INF])
+    assert sample(logits, temperature=0.001) == (1, OK)
+    assert sample(logits, temperature=1.0) == (1, OK)
+    assert kept(np.array([0.0, 1.0, -INF]), temperature=1e6) == {0, 1}
+
+
+# ---- penalties and masks ---------------------------------------------------------------------------------------------
+
+
+def penalized(
+    logits: np.ndarray, tokens: list[int], prompt: int, repetition: float, presence: float, frequency: float
+) -> np.ndarray:
+    """vLLM's: repetition over prompt and output, then frequency and presence over the output."""
+    x = logits.astype(np.float32).copy()
+    for token in set(tokens):
+        x[token] = x[token] / np.float32(repetition) if x[token] > 0 else x[token] * np.float32(repetition)
+    for token in set(tokens[prompt:]):
+        x[token] -= np.float32(frequency) * np.float32(tokens[prompt:].count(token))
+        x[token] -= np.float32(presence)
+    return x
+
+
+def test_penalties_are_those_of_vllm(isa: str) -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(200):
+        logits = rng.normal(size=40) * 3
+        tokens = rng.integers(0, 40, size=30).tolist()
+        prompt = int(rng.integers(0, 30))
+        repetition, presence, frequency = rng.uniform(0.5, 2), rng.uniform(-2, 2), rng.uniform(-2, 2)
+        expected = int(np.argmax(penalized(logits, tokens, prompt, repetition, presence, frequency)))
+        found = sample(
+            logits,
+            tokens,
+            prompt,
+            temperature=0.0,
+            repetition_penalty=repetition,
+            presence_penalty=presence,
+            frequency_penalty=frequency,
+        )
+        assert found == (expected, OK)
+
+
+def test_prompt_tokens_get_no_presence_or_frequency_penalty() -> None:
+    logits = np.array([1.0, 0.9, 0.0])
+    assert sample(logits, [0, 0, 0], 3, temperature=0.0, presence_penalty=2.0, frequency_penalty=2.0) == (0, OK)
+    assert sample(logits, [0, 0, 0], 2, temperature=0.0, presence_penalty=0.2) == (1, OK)
+    assert sample(logits, [0, 1, 1], 3, temperature=0.0, repetition_penalty=2.0) == (0, OK)
+
+
+def test_penalties_leave_nothing_behind_for_the_next_row() -> None:
+    sampler = _native.Sampler(50)
+    logits = np.zeros((1, 50), np.float32)
+    logits[0, 7] = 1.0
+    rows, prompt = np.zeros(1, np.int32), np.zeros(1, np.int32)
+    tokens = [np.array([7, 7, 8], np.int32)]
+    strict = _native.SamplerSettings(temperature=0.0, frequency_penalty=2.0)
+    assert sampler.sample(logits, rows, [strict], tokens, prompt)[0][0] == 0
+    assert sampler.sample(logits, rows, [strict], [np.array([8], np.int32)], prompt)[0][0] == 7
+
+
+def test_bias_is_added_before_the_penalties() -> None:
+    # (1 + 2) / 2 = 1.5 is below 1.6; 1 / 2 + 2 would not be.
+    logits = np.array([1.0, 1.6])
+    assert sample(logits, [0], 1, temperature=0.0, bias_ids=[0], biases=[2.0], repetition_penalty=2.0) == (1, OK)
+
+
+def test_end_tokens_are_masked_until_min_tokens_are_there() -> None:
+    logits = np.array([5.0, 1.0, 0.0])
+    assert sample(logits, [2, 2, 1], 2, temperature=0.0, min_tokens=2, end_ids=[0]) == (1, OK)
+    assert sample(logits, [2, 2, 1, 1], 2, temperature=0.0, min_tokens=2, end_ids=[0]) == (0, OK)
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10 as its paper writes it."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        low, high = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (high >> 32) ^ b ^ k0, high & 0xFFFFFFFF, (low >> 32) ^ d ^ k1, low & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [a, b, c, d]
+
+
+def test_philox_gives_the_published_words() -> None:
+    assert _native.draw_words(0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+def test_each_draw_has_words_of_its_own() -> None:
+    seed = 0x0123456789ABCDEF
+    for sample_index, position, purpose in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (7, 99999, 3)):
+        expected = philox([position, sample_index, purpose, 0], [seed & 0xFFFFFFFF, seed >> 32])
+        assert _native.draw_words(seed, sample_index, position, purpose) == expected
+
+
+# ---- the same bits everywhere ----------------------------------------------------------------------------------------
+
+
+def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits() -> None:
+    rng = np.random.default_rng(11)
+    rows = 40
+    logits = np.ascontiguousarray((rng.normal(size=(rows, 5003)) * rng.uniform(0.1, 6, size=(rows, 1))), np.float32)
+    logits[::7, ::3] = np.round(logits[::7, ::3])  # ties
+    settings = [
+        _native.SamplerSettings(
+            temperature=float(rng.choice([0.0, 0.6, 1.0, 2.0])),
+            top_k=int(rng.choice([0, 3, 300])),
+            top_p=float(rng.choice([1.0, 0.9, 0.4])),
+            min_p=float(rng.choice([0.0, 0.02])),
+            typical_p=float(rng.choice([1.0, 0.8])),
+            frequency_penalty=float(rng.choice([0.0, 0.7])),
+            repetition_penalty=float(rng.choice([1.0, 1.2])),
+            seed=row,
+            logprobs=7,
+        )
+        for row in range(rows)
+    ]
+    tokens = [rng.integers(0, 5003, size=50).astype(np.int32) for _ in range(rows)]
+    prompts = np.full(rows, 20, np.int32)
+
+    def run(threads: int, order: np.ndarray) -> list[bytes]:
+        result = _native.Sampler(5003, threads).sample(
+            logits, order.astype(np.int32), [settings[r] for r in order], [tokens[r] for r in order], prompts[order]
+        )
+        back = np.argsort(order)
+        return [np.ascontiguousarray(part[back]).tobytes() for part in result]
+
+    before = _native.active_isa()
+    try:
+        _native.set_active_isa("portable")
+        expected = run(1, np.arange(rows))
+        for name in _native.available_isas():
+            _native.set_active_isa(name)
+            for threads in (1, 2, 3, 7):
+                assert run(threads, rng.permutation(rows)) == expected
+    finally:
+        _native.set_active_isa(before)
+
+
+# ---- log-probabilities -----------------------------------------------------------------------------------------------
+
+
+def test_logprobs_ranks_and_best_tokens_are_those_of_the_raw_row(isa: str) -> None:
+    rng = np.random.default_rng(13)
+    logits = np.ascontiguousarray(rng.normal(size=(5, 3001)) * 4, np.float32)
+    logits[:, 10] = logits[:, 20]
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    targets = np.array([0, 10, 20, 2999, 3000], np.int32)
+    _, status, logprobs, ranks, best_ids, best = _native.Sampler(3001, 2).score(
+        logits, np.arange(5, dtype=np.int32), targets, 9
+    )
+    assert not status.any()
+    for row in range(5):
+        assert logprobs[row] == pytest.approx(exact[row, targets[row]], abs=2e-6)
+        assert ranks[row] == 1 + (logits[row] > logits[row, targets[row]]).sum()
+        order = np.lexsort((np.arange(3001), -logits[row]))[:9]
+        assert best_ids[row].tolist() == order.tolist()
+        assert best[row] == pytest.approx(exact[row, order], abs=2e-6)
+
+
+def test_logprobs_do_not_see_penalties_and_temperature() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
+    setting = _native.SamplerSettings(temperature=0.0, bias_ids=[2], biases=[10.0], logprobs=3)
+    zero = np.zeros(1, np.int32)
+    ids, _, logprobs, ranks, best_ids, _ = _native.Sampler(3).sample(logits, zero, [setting], [zero], zero)
+    assert (ids[0], ranks[0]) == (2, 3)
+    assert logprobs[0] == pytest.approx(np.log(0.1), abs=1e-6)
+    assert best_ids[0].tolist() == [0, 1, 2]
+
+
+def test_more_best_tokens_than_the_vocabulary_has() -> None:
+    zero = np.zeros(1, np.int32)
+    *_, best_ids, best = _native.Sampler(2).score(np.zeros((1, 2), np.float32), zero, zero, 4)
+    assert best_ids[0].tolist() == [0, 1, -1, -1]
+    assert best[0].tolist() == pytest.approx([np.log(0.5), np.log(0.5), -INF, -INF])
+
+
+def test_a_bad_row_is_reported_by_score_too() -> None:
+    zero = np.zeros(1, np.int32)
+    assert _native.Sampler(2).score(np.full((1, 2), np.nan, np.float32), zero, zero, 0)[1][0] == NOT_FINITE
+
+
+# ---- misuse ----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_outside_of_the_vocabulary_are_refused() -> None:
+    with pytest.raises(ValueError, match="logit_bias holds token 3"):
+        sample(np.zeros(3), bias_ids=[3], biases=[1.0])
+    with pytest.raises(ValueError, match="the sequence holds token -1"):
+        sample(np.zeros(3), [-1], repetition_penalty=1.1)
+    with pytest.raises(ValueError, match="targets holds token 9"):
+        _native.Sampler(3).score(np.zeros((1, 3), np.float32), np.zeros(1, np.int32), np.array([9], np.int32))
+    with pytest.raises(ValueError, match="row 1 is not among 1 rows"):
+        _native.Sampler(3).score(np.zeros((1, 3), np.float32), np.ones(1, np.int32), np.zeros(1, np.int32))
