@@ -182,6 +182,9 @@ void Executor::prepare() {
   // Whole pages, so that no two threads write to one cache line.
   thread_scratch_bytes_ = round_up(scratch, 4096);
   thread_scratch_ = Mapping(thread_scratch_bytes_ * static_cast<size_t>(pool_.size()));
+  const int64_t table = static_cast<int64_t>(limits_.context + kPageTokens - 1) / kPageTokens;
+  live_plan_.reserve(static_cast<size_t>(16 + int64_t{3} * limits_.tokens + limits_.sequences + limits_.sampled +
+                                         cache_.groups() * limits_.sequences * table));
   prepared_ = true;
 }
 
@@ -206,6 +209,12 @@ void Executor::run(std::span<const int32_t> words, int32_t first, int32_t last) 
   const std::lock_guard<std::mutex> lock(running_);
   const StepPlan plan = read(words);
   require(first >= 0 && first <= last && last <= op_count(), "the range of ops lies outside of the program");
+  if (first == 0) {
+    live_plan_.assign(words.begin(), words.end());
+  } else {
+    require(std::equal(words.begin(), words.end(), live_plan_.begin(), live_plan_.end()),
+            "the live values belong to another plan: a new plan begins at op 0");
+  }
   const FloatEnvironment environment;  // for what the caller runs alone
   const StepContext step = context(plan);
   start(step);

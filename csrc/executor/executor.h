@@ -62,8 +62,9 @@ class Executor {
   void prepare();
 
   // ---- running: one caller at a time, others wait ------------------------------------------------------------------
-  // Executes ops [first, last) for the plan. Throws std::invalid_argument, before anything is touched, if the plan
-  // breaks a limit or the range lies outside of the program.
+  // Executes ops [first, last) for the plan. Values stay alive between ranges of one plan; a range from op 0 begins
+  // anew. Throws std::invalid_argument, before anything is touched, if the plan breaks a limit, the range lies outside
+  // of the program, or the live values belong to another plan.
   void run(std::span<const int32_t> plan, int32_t first, int32_t last);
   // Runs the whole program again, op by op, and returns the index of the first op that produced a non-finite number
   // in a row on which sampled row `sampled_row` depends, or -1. Writes the same keys and values as the step itself.
@@ -97,6 +98,7 @@ class Executor {
   std::vector<std::unique_ptr<AttentionSchedule>> schedules_;
   bool prepared_ = false;
   std::vector<PageBounds> page_bounds_;
+  std::vector<int32_t> live_plan_;  // whose values the arena holds
   Mapping arena_, thread_scratch_, spare_rows_;
   size_t thread_scratch_bytes_ = 0;
   std::mutex running_;

@@ -9,8 +9,8 @@
 
 namespace tokenmill {
 
-// Cosines and sines of one RoPE configuration for the rows of a step. Computed in double from position times
-// frequency, rounded to fp32 and multiplied by the magnitude there (NUMERICS N5); ops of all layers share one table.
+// Cosines and sines, times the magnitude, of one RoPE configuration for the rows of a step. Computed in double from
+// position times frequency and rounded to fp32 once (NUMERICS N5); ops of all layers share one table.
 class RopeTable {
  public:
   RopeTable(std::vector<double> frequencies, double magnitude, int32_t tokens);

@@ -343,7 +343,9 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
             f"prompts is {type(prompts).__name__}; it must be a text, a list of token ids, or a list of them"
         )
     batch = list(prompts)
-    if batch and all(isinstance(item, int | np.integer) for item in batch):
+    if not batch:
+        raise PromptError("prompts is empty: it needs at least one prompt or token")
+    if all(isinstance(item, int | np.integer) for item in batch):
         return [batch]  # type: ignore[list-item]
     for number, item in enumerate(batch):
         if not isinstance(item, str | Sequence):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from gguf_blocks import (
     ELEMENT_FORMATS,
+    F32,
     GROUP_FORMATS,
     QUANTIZED_FORMATS,
     SUPER_BLOCK_FORMATS,
-    F32,
     U8,
     random_rows,
     reference_decode,
@@ -65,7 +65,7 @@ def width_of(weight_format: WeightFormat) -> int:
     return 2048 + 256 if weight_format in SUPER_BLOCK_FORMATS else 2048 + 96
 
 
-# ---- an independent model of the contract, in numpy ------------------------------------------------------------------
+# ---- an independent model of the contract, in numpy ----------------------------------------------------------------
 
 
 def fma(a: np.ndarray | float, b: np.ndarray | float, c: np.ndarray | float) -> F32:
@@ -97,7 +97,7 @@ def quantize(x: F32, group: int) -> tuple[np.ndarray, F32]:
 
 
 def exact_parts(weight: Weight) -> tuple[np.ndarray, F32, F32, F32 | None, np.ndarray | None, F32 | None]:
-    """(signed codes [n, k], fp16 scale [n, blocks], integer scales, minimum, integer minimums, dmin) of a matrix, read from the file."""
+    """Read from the file: (signed codes [n, k], fp16 scales, integer scales, minimums, integer minimums, dmin)."""
     f, n, k = weight.format, weight.n, weight.k
     raw = weight.rows
 
@@ -189,7 +189,7 @@ def emulate(weight: Weight, x: F32, segment: int = SEGMENT, descending: bool = F
     return total
 
 
-# ---- activation quantization -------------------------------------------------------------------------------------------
+# ---- activation quantization ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_group_with_nan_or_infinity_gets_a_nan_scale_and_zero_codes(bad: float
         assert sums[0, group] == 0
 
 
-# ---- products ----------------------------------------------------------------------------------------------------------
+# ---- products ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weight_format", QUANTIZED_FORMATS, ids=lambda f: f.name)
@@ -274,7 +274,7 @@ def test_element_linear_is_the_contract_bit_for_bit(weight_format: WeightFormat,
         assert same_bits(weight.linear(x), total), (isa, k)
 
 
-# ---- law 2: a row does not depend on its neighbours, nor on threads, nor on the processor ------------------------------
+# ---- law 2: a row does not depend on its neighbours, nor on threads, nor on the processor --------------------------
 
 
 @ALL_FORMATS

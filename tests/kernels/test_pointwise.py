@@ -112,7 +112,9 @@ def test_gates_multiply(kind, width):
 
 
 def test_softcap_keeps_relative_precision_near_zero_and_saturates(isa):
-    x = np.concatenate([np.linspace(-200, 200, 20001), np.geomspace(1e-20, 1, 500), [1e30, -1e30]]).astype(np.float32)[None]
+    x = np.concatenate([np.linspace(-200, 200, 20001), np.geomspace(1e-20, 1, 500), [1e30, -1e30]]).astype(np.float32)[
+        None
+    ]
     expected = 30 * np.tanh(x.astype(np.float64) / 30)
     nonzero = expected != 0
     actual = softcap(x, 30.0)
@@ -136,7 +138,9 @@ def everything() -> list[np.ndarray]:
     x, up = rows(333, 9, 4.0), rows(333, 10)
     small = rows(333, 11, 1e-38)
     results = [rms_norm(x, up[0].copy()), softcap(x, 7.0), softcap(small, 7.0)]
-    return results + [activate(kind, x, up) for kind in ACTIVATIONS] + [activate(kind, small, x) for kind in ACTIVATIONS]
+    return (
+        results + [activate(kind, x, up) for kind in ACTIVATIONS] + [activate(kind, small, x) for kind in ACTIVATIONS]
+    )
 
 
 def test_instruction_sets_do_not_change_bits(isa):

@@ -4,6 +4,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from model_files import CopyingPacker, bind_all, small_model
+from test_fuzz import mutate
 
 from tokenmill.weights.cache import CacheEntry, default_cache_dir
 from tokenmill.weights.checkpoint import file_digest, open_checkpoint
@@ -165,6 +167,22 @@ def test_a_touched_cache_file_is_verified_once(model, cache, monkeypatch):
 
     monkeypatch.setattr("tokenmill.weights.packed_file._verify_digests", no_more)
     assert load(model, cache).origin == "mapped"
+
+
+def test_a_mutated_header_never_gives_other_weights(model, cache):
+    expected = contents(load(model, cache))
+    path = packed_file(cache)
+    whole, times = path.read_bytes(), path.stat().st_mtime_ns
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    rng = np.random.default_rng(0)
+    origins = set()
+    for _ in range(50):
+        path.write_bytes(mutate(rng, whole[:header], header) + whole[header:])
+        os.utime(path, ns=(times, times))
+        weights = load(model, cache)
+        origins.add(weights.origin)
+        assert contents(weights) == expected
+    assert "packed" in origins
 
 
 def test_a_cache_file_of_another_key_is_replaced_silently(model, cache, caplog):

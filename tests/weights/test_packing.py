@@ -105,7 +105,7 @@ def test_progress_ends_at_the_total(checkpoint, tmp_path):
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert {p.stage for p in seen} == {"packing"}
     assert len(seen) == len(checkpoint.tensors)
-    assert seen[-1].done <= seen[-1].total == weights.nbytes
+    assert seen[-1].done == seen[-1].total == sum(weights.matrix(name).data.size for name in weights.formats)
 
 
 def test_unknown_names_are_key_errors(checkpoint, tmp_path):
@@ -145,6 +145,11 @@ def test_missing_or_mis_shaped_tensor_is_named(checkpoint, tmp_path, needed, mes
     with pytest.raises(ModelFileError, match=message):
         load(checkpoint, bind({"w": needed}), tmp_path)
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_weight_of_three_dimensions_is_refused(checkpoint, tmp_path):
+    with pytest.raises(UnsupportedModelError, match=r"w of shape \[1, 5, 512\] is neither vector nor matrix"):
+        load(checkpoint, bind({"w": ((1, 5, 512), "matrix.Q4_0", None)}), tmp_path)
 
 
 def test_a_format_that_no_kernel_takes_is_named(checkpoint, tmp_path):

@@ -1,16 +1,19 @@
 """Model folders: safetensors files by the safetensors package, and one test for each way a folder can be wrong."""
 
 import json
+import os
 import struct
 
 import ml_dtypes
 import numpy as np
 import pytest
+from model_files import CopyingPacker, bind_all
 from safetensors.numpy import save_file
 
 from tokenmill.errors import ModelFileError, UnsupportedModelError
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.formats import TensorType
+from tokenmill.weights.packing import load_weights
 
 RNG = np.random.default_rng(0)
 TENSORS = {
@@ -71,6 +74,23 @@ def test_generation_defaults_and_tokenizer_files(folder):
     checkpoint = open_checkpoint(folder)
     assert checkpoint.generation_defaults == {"temperature": 0.7, "eos_token_id": [1, 2]}
     assert checkpoint.tokenizer_files == {"tokenizer.json": folder / "tokenizer.json"}
+
+
+def test_a_sharded_folder_goes_through_the_build_cache(sharded, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+
+    def load():
+        checkpoint = open_checkpoint(sharded)
+        return load_weights(checkpoint, bind_all(checkpoint), cache, packer=CopyingPacker())
+
+    assert [load().origin, load().origin] == ["packed", "mapped"]
+    weights = load()
+    assert [weights.formats[name].name for name in list(TENSORS)[:2]] == ["BF16", "F16"]
+    for name in list(TENSORS)[:2]:
+        np.testing.assert_array_equal(weights.decoded(name), TENSORS[name].astype(np.float32))
+    np.testing.assert_array_equal(weights.vector("model.norm.weight"), TENSORS["model.norm.weight"])
+    os.utime(sharded / "model-00002-of-00002.safetensors", ns=(1, 1))
+    assert load().origin == "packed"
 
 
 # ---- bad folders ---------------------------------------------------------------------------------------------------

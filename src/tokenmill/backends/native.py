@@ -48,6 +48,7 @@ class NativeBackend:
         limits: StepLimits,
         kv_pages: Sequence[int],
         threads: int = 0,
+        *,
         taps: Collection[str] = (),
     ) -> None:
         """Fuses and lowers ``program`` and allocates its buffers and KV pages.
@@ -62,7 +63,9 @@ class NativeBackend:
         for tap in taps:
             if tap not in names:
                 raise KeyError(f"cannot tap {tap}: the program has no such value")
-        keep = {name for name, readers in program.readers().items() if not readers} | set(taps) | ({"hidden"} & set(names))
+        keep = (
+            {name for name, readers in program.readers().items() if not readers} | set(taps) | ({"hidden"} & set(names))
+        )
         formats = {name: weights.matrix(name).format for name in program.matrices()}
         self.program = fuse(program, formats, keep)
         """The fused program; ``first_op`` and ``last_op`` of :meth:`run` count its ops."""

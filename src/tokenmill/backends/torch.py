@@ -339,7 +339,8 @@ def round_to_int8(x: torch.Tensor, format: ActivationFormat) -> torch.Tensor:
     group, width = _GROUP[format], x.shape[-1]
     padded = F.pad(x.to(torch.float32), (0, -width % group)).reshape(x.shape[0], -1, group)
     largest = padded.abs().amax(dim=-1, keepdim=True)
-    codes = torch.round(padded * (127.0 / largest))
+    # A true division: torch computes `127.0 / tensor` by a reciprocal, which moves codes that lie half way.
+    codes = torch.round(padded * torch.div(torch.full_like(largest, 127.0), largest))
     return torch.where(largest == 0, 0.0, codes * (largest / 127.0)).flatten(-2)[..., :width].to(x.dtype)
 
 

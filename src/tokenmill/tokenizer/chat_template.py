@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.ext
@@ -20,15 +21,20 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
+import jinja2.visitor
+from jinja2.exceptions import SecurityError
 
 from tokenmill.errors import TokenmillError
 
-MAX_STEPS = 2_000_000
-"""Loop turns and calls that one rendering may take."""
-MAX_CHARACTERS = 64 << 20
-"""Longest string, or list, that a template may build."""
-_MAX_WIDTH = 1 << 20
+MAX_STEPS = 400_000
+"""Loop turns, calls and operations that one rendering may take; large values count for many."""
+MAX_CHARACTERS = 16 << 20
+"""Longest text, or list, that a template may build."""
+_CHARACTERS_A_STEP = 1024
+_ITEMS_A_STEP = 16
+_MAX_WIDTH = 999_999
 """Largest integer that a template may pass to a string method or filter (a padding width, a count)."""
+_WIDE_FIELD = re.compile(r"[0-9]{7}")
 
 
 class ChatTemplateError(TokenmillError):
@@ -46,6 +52,7 @@ class ChatTemplates:
         self._compiled: dict[str, jinja2.Template] = {}
 
     def names(self) -> list[str]:
+        """The names of the model's templates, sorted."""
         return sorted(self._sources)
 
     def source(self, name: str | None = None, with_tools: bool = False) -> str:
@@ -80,11 +87,11 @@ class ChatTemplates:
             raise ChatTemplateError("the conversation is empty: give at least one message")
         source = self.source(chat_template, with_tools=bool(tools))
         template = self._compile(source)
-        conversation = [_plain_message(message, number) for number, message in enumerate(messages)]
-        if any(isinstance(message.get("content"), list) for message in conversation) and not _reads_parts(source):
-            conversation = [_joined_parts(message, number) for number, message in enumerate(conversation)]
-        names = {**self._special_tokens, **_plain(kwargs)}
         try:
+            conversation = [_plain_message(message, number) for number, message in enumerate(messages)]
+            if any(isinstance(message.get("content"), list) for message in conversation) and not _reads_parts(source):
+                conversation = [_joined_parts(message, number) for number, message in enumerate(conversation)]
+            names = {**self._special_tokens, **_plain(kwargs)}
             with _budget:
                 return template.render(
                     messages=conversation,
@@ -93,6 +100,8 @@ class ChatTemplates:
                     add_generation_prompt=add_generation_prompt,
                     **names,
                 )
+        except ChatTemplateError:
+            raise
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template refuses the conversation: {error}") from error
         except Exception as error:  # a template is a program: any operation in it can fail in its own way
@@ -158,31 +167,28 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=64)
 def _reads_parts(source: str) -> bool:
-    """Whether a template looks into lists of content parts: it loops over something called content, or asks for its
-    type."""
+    """Whether a template looks into lists of content parts: it loops over the content, or asks for its type."""
     tree = _environment().parse(source)
-
-    def names_content(node: jinja2.nodes.Node) -> bool:
-        own = [node, *node.find_all((jinja2.nodes.Getattr, jinja2.nodes.Getitem, jinja2.nodes.Name))]
-        return any(
-            (isinstance(n, jinja2.nodes.Getattr) and n.attr == "content")
-            or (
-                isinstance(n, jinja2.nodes.Getitem)
-                and isinstance(n.arg, jinja2.nodes.Const)
-                and n.arg.value == "content"
-            )
-            or (isinstance(n, jinja2.nodes.Name) and n.name == "content")
-            for n in own
-        )
-
-    return any(names_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For)) or any(
-        test.name in ("string", "iterable", "sequence") and names_content(test.node)
+    return any(_is_content(loop.iter) for loop in tree.find_all(jinja2.nodes.For)) or any(
+        test.name in ("string", "iterable", "sequence") and _is_content(test.node)
         for test in tree.find_all(jinja2.nodes.Test)
     )
 
 
+def _is_content(node: jinja2.nodes.Node) -> bool:
+    """Whether ``node`` is ``content``, ``message.content`` or ``message["content"]``, filtered or not."""
+    match node:
+        case jinja2.nodes.Filter(node=jinja2.nodes.Node() as inner):
+            return _is_content(inner)
+        case jinja2.nodes.Name(name="content") | jinja2.nodes.Getattr(attr="content"):
+            return True
+        case jinja2.nodes.Getitem(arg=jinja2.nodes.Const(value="content")):
+            return True
+    return False
+
+
 class _Budget(threading.local):
-    """Counts the steps of the rendering that runs on this thread."""
+    """Counts the work of the rendering that runs on this thread."""
 
     left = 0
 
@@ -192,71 +198,120 @@ class _Budget(threading.local):
     def __exit__(self, *_: object) -> None:
         self.left = 0
 
-    def step(self) -> None:
-        self.left -= 1
+    def spend(self, steps: int = 1) -> None:
+        self.left -= steps
         if self.left < 0:
-            raise jinja2.sandbox.SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+            raise SecurityError(f"it takes more than {MAX_STEPS:,} steps")
+
+    def built(self, value: Any) -> Any:
+        """Charges for the memory of ``value``, which it returns."""
+        if isinstance(value, _TEXT):
+            _check_size(len(value))
+            self.spend(len(value) // _CHARACTERS_A_STEP)
+        elif isinstance(value, (list, tuple, dict)):
+            _check_size(len(value))
+            self.spend(len(value) // _ITEMS_A_STEP)
+        return value
 
 
 _budget = _Budget()
+_TEXT = (str, bytes)
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARACTERS:
-        raise jinja2.sandbox.SecurityError(f"it builds more than {MAX_CHARACTERS:,} characters")
-    return value
+def _check_size(size: int) -> None:
+    if size > MAX_CHARACTERS:
+        raise SecurityError(f"it builds a value of more than {MAX_CHARACTERS:,} characters")
 
 
-def _check_widths(arguments: Sequence[Any]) -> None:
+def _check_growth(name: str, value: Any, arguments: Sequence[Any]) -> None:
+    """Refuses, before it is made, text that method or filter ``name`` of ``value`` would make too large."""
+    if name in ("format", "format_map", "__mod__") and isinstance(value, str) and _WIDE_FIELD.search(value):
+        raise SecurityError("it formats to a width of more than 999,999")
     for argument in arguments:
         if isinstance(argument, int) and abs(argument) > _MAX_WIDTH:
-            raise jinja2.sandbox.SecurityError(f"it pads or repeats text {argument:,} times")
+            raise SecurityError(f"it pads or repeats text {argument:,} times")
+    match name, value, arguments:
+        case "replace", str(), [str(old), str(new), *_]:
+            _check_size(value.count(old) * len(new))
+        case "indent", str(), [int(width), *_]:
+            _check_size(value.count("\n") * width)
+        case "join", str(), [list() | tuple() as items, *_]:
+            _check_size(sum(len(item) + len(value) for item in items if isinstance(item, str)))
+        case "join", list() | tuple(), _:
+            between = len(arguments[0]) if arguments and isinstance(arguments[0], str) else 0
+            _check_size(sum(len(item) + between for item in value if isinstance(item, str)))
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with bounds on work and size."""
+    """Jinja's sandbox with bounds on work and memory."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(jinja2.nodes.For):  # each turn of each loop counts
-            step = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("count_step"), [], [], None, None)
+        """Has each turn of a loop, and each ``~``, pass through ``call`` as method calls do."""
+        tree = _JoinsAsCalls().visit(super()._parse(source, name, filename))
+        for loop in tree.find_all(jinja2.nodes.For):
+            step = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("count_turn"), [], [], None, None)
             loop.body.insert(0, jinja2.nodes.ExprStmt(step).set_lineno(loop.lineno))
-        return tree
+        return cast(jinja2.nodes.Template, tree.set_environment(self))
 
-    def count_step(self) -> None:
+    def count_turn(self) -> None:
         """A loop's turn; the call itself is what counts."""
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        _budget.step()
-        if isinstance(getattr(obj, "__self__", None), str):
-            _check_widths(args)
-        return _bounded(super().call(context, obj, *args, **kwargs))
+    def join_operands(self, *operands: Any) -> str:
+        """The ``~`` operator."""
+        return "".join(map(str, operands))
+
+    @staticmethod
+    def concat(parts: Iterable[str]) -> str:
+        """Joins what a template, macro or block has written."""
+        written: list[str] = []
+        size = 0
+        for part in parts:
+            size += len(part)
+            _check_size(size)
+            written.append(part)
+        return cast(str, _budget.built("".join(written)))
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _budget.spend()
+        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
+        owner = getattr(method, "__self__", None)
+        if isinstance(owner, _TEXT):
+            _check_growth(method.__name__, owner, [*args, *kwargs.values()])
+        return _budget.built(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _budget.step()
-        sizes = [len(side) if isinstance(side, (str, list, tuple)) else 0 for side in (left, right)]
-        numbers = [side if isinstance(side, int) else 0 for side in (left, right)]
-        too_large = (
-            (operator == "+" and sum(sizes) > MAX_CHARACTERS)
-            or (operator == "*" and sizes[0] * numbers[1] + sizes[1] * numbers[0] > MAX_CHARACTERS)
-            or (operator == "*" and sum(number.bit_length() for number in numbers) > 4096)
-            or (operator == "**" and numbers[0].bit_length() * abs(numbers[1]) > 4096)
-            or (operator == "%" and isinstance(left, str))
-        )
-        if too_large:
-            raise jinja2.sandbox.SecurityError(f"operator {operator} builds too large a value")
-        return super().call_binop(context, operator, left, right)
+        _budget.spend()
+        sizes = [len(side) if isinstance(side, (*_TEXT, list, tuple)) else 0 for side in (left, right)]
+        numbers = [abs(side) if isinstance(side, int) else 0 for side in (left, right)]
+        match operator:
+            case "+":
+                _check_size(sum(sizes))
+            case "*":
+                _check_size(sizes[0] * numbers[1] + sizes[1] * numbers[0])
+                _check_size(numbers[0].bit_length() + numbers[1].bit_length())
+            case "**":
+                _check_size(numbers[0].bit_length() * numbers[1] * _CHARACTERS_A_STEP)
+            case "%" if isinstance(left, str):
+                _check_growth("__mod__", left, right if isinstance(right, tuple) and "*" in left else ())
+        return _budget.built(super().call_binop(context, operator, left, right))
 
 
-def _bounded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)  # keeps the marks that say whether a filter wants the context
+class _JoinsAsCalls(jinja2.visitor.NodeTransformer):
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802  the visitor's naming
+        self.generic_visit(node)
+        joined = jinja2.nodes.EnvironmentAttribute("join_operands")
+        return jinja2.nodes.Call(joined, node.nodes, [], None, None).set_lineno(node.lineno)
+
+
+def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # keeps the marks that say whether a filter wants the context first
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        _budget.step()
-        _check_widths(args[1:])
-        _check_widths(tuple(kwargs.values()))
-        return _bounded(function(*args, **kwargs))
+        _budget.spend()
+        first = 1 if hasattr(function, "jinja_pass_arg") else 0
+        _check_growth(name, args[first], [*args[first + 1 :], *kwargs.values()])
+        return _budget.built(function(*args, **kwargs))
 
     return bounded
 
@@ -301,7 +356,7 @@ def _tojson(
 def _environment() -> _Environment:
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _tojson
-    environment.filters = {name: _bounded_filter(function) for name, function in environment.filters.items()}
+    environment.filters = {name: _bounded_filter(name, function) for name, function in environment.filters.items()}
     environment.globals.update(
         raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=jinja2.utils.Namespace
     )

@@ -2,21 +2,26 @@
 
 A GGUF file carries a vocabulary, token types and merges or scores, but not the rules around them: those are implied
 by ``tokenizer.ggml.model`` and ``tokenizer.ggml.pre``. The reference for what they imply is the tokenizer of the model
-that the file was made from, as `transformers` runs it, and llama.cpp where the file is all there is. The two differ in
-three places; here
+that the file was made from, as `transformers` runs it, and llama.cpp where the file is all there is. Where the two
+differ, this is what is done here:
 
-* Unicode normalization (Qwen's NFC) is done, as in the model's tokenizer; llama.cpp leaves it out;
-* U+2581 in a text is a space to a SentencePiece vocabulary in runs too, as in the model's tokenizer;
-* the text of a control token never merges into the token unless control tokens are asked for, as in SentencePiece;
-  llama.cpp merges the text ``</s>`` into the token where the vocabulary has the pieces for it.
+* text is brought into NFC for Qwen, as in the model's tokenizer; llama.cpp leaves it as it is;
+* U+2581 in a text is a space to Gemma's runs of spaces, as in the model's tokenizer;
+* a character that a byte-level vocabulary cannot spell is dropped before merging, as `tokenizers` does, not after;
+* Phi-3 swallows all white space after a control token, as in the model's tokenizer; llama.cpp takes ASCII's;
+* the patterns of ``tekken`` and ``gpt-4o`` are the models' own; llama.cpp's treat combining marks otherwise;
+* the text of a control token never merges into the token unless control tokens are asked for, as in SentencePiece,
+  even where the vocabulary has the pieces for it; llama.cpp merges on text alone;
+* which tokens are control tokens is what the file says. It marks more so (fill-in-the-middle, unused ones) than
+  ``tokenizer.json`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
@@ -53,6 +58,24 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path, cache_dir: Path
     return _GgufVocabulary(metadata, path).tokenizer(cache_dir)
 
 
+class _Spelling:
+    """The bytes of each token. Holds on to the vocabulary and nothing else of the file."""
+
+    def __init__(self, tokens: Sequence[str], types: Sequence[int], byte_level: bool) -> None:
+        self._tokens = tokens
+        self._types = bytes(types)
+        self._byte_level = byte_level
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id >= len(self._tokens) or self._types[token_id] == TokenType.UNUSED:
+            return b""
+        token = self._tokens[token_id]
+        if not self._byte_level:
+            return sentencepiece_bytes(token)
+        ordinary = self._types[token_id] == TokenType.NORMAL
+        return byte_level_bytes(token) if ordinary else token.encode("utf-8", "replace")
+
+
 class _GgufVocabulary:
     """The tokenizer part of a file's metadata, checked."""
 
@@ -64,14 +87,16 @@ class _GgufVocabulary:
             raise UnsupportedModelError(
                 f"{path}: {_PREFIX}model is {self.model!r}; known tokenizer models: {', '.join(_MODELS)}"
             )
-        self.tokens: list[str] = self._array("tokens", str)
+        self.tokens: list[str] = self._array("tokens", {str})
         if not self.tokens:
             raise self._broken("tokens", "is empty")
         self.types: list[int] = (
-            self._array("token_type", int, len(self.tokens))
+            self._array("token_type", {int}, len(self.tokens))
             if _PREFIX + "token_type" in metadata
             else [TokenType.NORMAL] * len(self.tokens)
         )
+        if not set(self.types) <= set(TokenType):
+            raise self._broken("token_type", f"has types outside {TokenType.NORMAL.value}..{TokenType.BYTE.value}")
         self.special = frozenset(i for i, kind in enumerate(self.types) if kind in _SPECIAL)
 
     def tokenizer(self, cache_dir: Path | None) -> Tokenizer:
@@ -90,7 +115,7 @@ class _GgufVocabulary:
         return Tokenizer(
             TokenizerParts(
                 backend=backend,
-                token_bytes=self._byte_level_bytes if byte_level else self._sentencepiece_bytes,
+                token_bytes=_Spelling(self.tokens, self.types, byte_level).token_bytes,
                 vocab_size=len(self.tokens),
                 special_ids=self.special,
                 prefix=self._surrounding("add_bos_token", add_bos, "bos_token_id", bos_id),
@@ -107,18 +132,17 @@ class _GgufVocabulary:
         )
 
     def _byte_level(self) -> tuple[bool, int, Backend]:
-        pre = self.metadata.get(_PREFIX + "pre", "default")
+        pre = self._string("pre") if _PREFIX + "pre" in self.metadata else "default"
         rules = BYTE_LEVEL_RULES.get(pre)
         if rules is None:
             known = ", ".join(BYTE_LEVEL_RULES)
             raise UnsupportedModelError(f"{self.path}: {_PREFIX}pre is {pre!r}; known pre-tokenizers: {known}")
         vocabulary = {token: i for i, token in enumerate(self.tokens) if self.types[i] != TokenType.UNUSED}
-        merges = []
-        for number, merge in enumerate(self._array("merges", str)):
-            left, space, right = merge[1:].partition(" ")
-            if not space:
-                raise self._broken("merges", f"has an entry without a space: {merge!r} (number {number})")
-            merges.append((merge[:1] + left, right))
+        entries = self._array("merges", {str})
+        merges = [cast("tuple[str, str]", tuple(entry.split(" ", 1))) for entry in entries]
+        if not set(map(len, merges)) <= {2}:
+            number = next(i for i, parts in enumerate(merges) if len(parts) != 2)
+            raise self._broken("merges", f"has an entry without a space: {entries[number]!r} (number {number})")
         backend = Backend(self._bpe("merges", vocabulary, merges, ignore_merges=rules.ignore_merges))
         normalizer = rules.normalizer()
         if normalizer is not None:
@@ -131,13 +155,14 @@ class _GgufVocabulary:
     def _sentencepiece(self, cache_dir: Path | None) -> tuple[bool, int, Backend]:
         if _PREFIX + "scores" not in self.metadata:
             raise self._broken("scores", "is missing")
-        scores: list[float] = self._array("scores", (int, float), len(self.tokens))
+        scores: list[float] = self._array("scores", {int, float}, len(self.tokens))
         space_runs = self._space_runs()
         pieces = [SPACE_MARK * len(t) if i in space_runs else t for i, t in enumerate(self.tokens)]
         vocabulary = {piece: i for i, piece in enumerate(pieces)}
         never_merged = [i for i, kind in enumerate(self.types) if kind != TokenType.NORMAL and i not in space_runs]
         table = sentencepiece_merges(vocabulary, scores, never_merged, space_runs, cache_dir)
-        merges = [(pieces[left], pieces[right]) for left, right in table.tolist()]
+        left, right = ([pieces[i] for i in side] for side in table.T.tolist())
+        merges = list(zip(left, right, strict=True))
         unk_id = self._token_id("unknown", 0)
         unknown = None if unk_id is None else pieces[unk_id]
         backend = Backend(self._bpe("scores", vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -187,17 +212,6 @@ class _GgufVocabulary:
         if backend.get_vocab_size() > len(self.tokens):
             raise self._broken("tokens", "has control tokens that are not in the vocabulary")
 
-    def _byte_level_bytes(self, token_id: int) -> bytes:
-        if token_id >= len(self.tokens) or self.types[token_id] == TokenType.UNUSED:
-            return b""
-        token = self.tokens[token_id]
-        return byte_level_bytes(token) if self.types[token_id] == TokenType.NORMAL else token.encode("utf-8", "replace")
-
-    def _sentencepiece_bytes(self, token_id: int) -> bytes:
-        if token_id >= len(self.tokens) or self.types[token_id] == TokenType.UNUSED:
-            return b""
-        return sentencepiece_bytes(self.tokens[token_id])
-
     def _surrounding(self, flag: str, default: bool, key: str, token_id: int | None) -> tuple[int, ...]:
         if not self.metadata.get(_PREFIX + flag, default):
             return ()
@@ -208,10 +222,11 @@ class _GgufVocabulary:
         return (token_id,)
 
     def _chat_templates(self, bos_id: int | None, eos_id: int | None, unk_id: int | None) -> ChatTemplates | None:
-        sources = {
-            "default" if key == "tokenizer.chat_template" else key.removeprefix("tokenizer.chat_template."): value
-            for key, value in self.metadata.items()
-            if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template.")
+        single = "tokenizer.chat_template"
+        sources = {  # by key, because reading a value may unpack a large array
+            "default" if key == single else key.removeprefix(single + "."): self.metadata[key]
+            for key in self.metadata
+            if key == single or key.startswith(single + ".")
         }
         if not sources:
             return None
@@ -238,7 +253,7 @@ class _GgufVocabulary:
             raise self._broken(key, f"is no string but {type(value).__name__}")
         return value
 
-    def _array(self, key: str, element: type | tuple[type, ...], length: int | None = None) -> list[Any]:
+    def _array(self, key: str, elements: Set[type], length: int | None = None) -> list[Any]:
         value = self.metadata.get(_PREFIX + key)
         if value is None:
             raise self._broken(key, "is missing")
@@ -247,7 +262,7 @@ class _GgufVocabulary:
         if length is not None and len(value) != length:
             raise self._broken(key, f"has {len(value)} entries for {length} tokens")
         entries = value.tolist() if hasattr(value, "tolist") else list(value)
-        if not all(isinstance(entry, element) for entry in entries):
+        if not set(map(type, entries)) <= elements:
             raise self._broken(key, "has entries of another type")
         return entries
 

@@ -43,8 +43,9 @@ def sentencepiece_merges(
     if cache_dir is None:
         return _derive(vocabulary, scores, never_merged, best)
     digest = hashlib.sha256()
-    digest.update("\0".join(f"{piece}\0{index}" for piece, index in vocabulary.items()).encode("utf-8", "replace"))
-    for numbers in (np.asarray(scores, np.float32), _sorted_ids(never_merged), _sorted_ids(best)):
+    digest.update("\0".join(vocabulary).encode("utf-8", "replace"))
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    for numbers in (ids, np.asarray(scores, np.float32), _sorted_ids(never_merged), _sorted_ids(best)):
         digest.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
     path = cache_dir / f"merges-{digest.hexdigest()[:32]}.npy"
     merges = _read(path, len(scores))
@@ -57,18 +58,17 @@ def sentencepiece_merges(
 def _derive(
     vocabulary: Mapping[str, int], scores: Sequence[float], never_merged: Collection[int], best: Collection[int]
 ) -> Merges:
-    rows: list[tuple[int, int, int, int, int]] = []  # joined, left, right, and the lengths of left and right
     never = frozenset(never_merged)
     find = vocabulary.get
-    for piece, joined in vocabulary.items():
-        length = len(piece)
-        if length < 2 or joined in never:
-            continue
-        for cut in range(1, length):
-            if (left := find(piece[:cut])) is not None and (right := find(piece[cut:])) is not None:
-                rows.append((joined, left, right, cut, length - cut))
+    rows = [  # joined, left, right, and the lengths of left and right
+        (joined, left, right, cut, len(piece) - cut)
+        for piece, joined in vocabulary.items()
+        if joined not in never
+        for cut in range(1, len(piece))
+        if (left := find(piece[:cut])) is not None and (right := find(piece[cut:])) is not None
+    ]
     table = np.array(rows, np.int32).reshape(-1, 5)
-    score = np.asarray(scores, np.float64)
+    score = np.array(scores, np.float64)
     score[_sorted_ids(best)] = np.inf
     # lexsort's last key is the first to decide.
     order = np.lexsort((table[:, 0], -table[:, 4], -table[:, 3], -score[table[:, 0]]))
@@ -81,12 +81,12 @@ def _sorted_ids(ids: Collection[int]) -> npt.NDArray[np.int64]:
 
 def _read(path: Path, vocab_size: int) -> Merges | None:
     try:
-        merges = np.load(path, allow_pickle=False)
+        merges: Merges = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
     if merges.dtype != np.int32 or merges.ndim != 2 or merges.shape[1] != 2:
         return None
-    if merges.size and not (0 <= merges.min() and merges.max() < vocab_size):
+    if merges.size and (merges.min() < 0 or merges.max() >= vocab_size):
         return None
     return merges
 

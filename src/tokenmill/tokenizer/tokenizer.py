@@ -130,6 +130,8 @@ class Tokenizer:
         if data is None:
             if token_id < 0:
                 raise TokenizerError(f"token id {token_id} is negative; ids lie in 0..{self.vocab_size - 1}")
+            if token_id >= self.vocab_size:
+                return b""
             data = self._bytes[token_id] = self._parts.token_bytes(token_id)
         return data
 

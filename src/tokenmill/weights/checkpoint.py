@@ -40,7 +40,7 @@ class TensorInfo:
 
     @property
     def rows(self) -> int:
-        """Rows, all leading dimensions taken together."""
+        """Rows, all leading dimensions taken together; 1 for a vector."""
         return math.prod(self.shape[:-1])
 
     @property
@@ -90,7 +90,10 @@ class Checkpoint:
         return self.places[name].file.view(offset, length)
 
     def decode(self, name: str, rows: tuple[int, int] | None = None) -> Float32:
-        """The tensor's values in fp32, in its own shape; of rows [first, last), ``[last - first, width]``."""
+        """The tensor's values in fp32, in its own shape; of rows [first, last), ``[last - first, width]``.
+
+        Raises as :meth:`raw` does.
+        """
         info = self.info(name)
         data = self.raw(name, rows)
         first, last = (0, info.rows) if rows is None else rows
@@ -106,7 +109,8 @@ class Checkpoint:
     def prefetch(self, name: str) -> None:
         """Asks the kernel to start reading a tensor."""
         offset, length = self._range(name, None)
-        self.places[name].file.prefetch(offset, length)
+        if length:
+            self.places[name].file.prefetch(offset, length)
 
     def release(self, name: str, rows: tuple[int, int] | None = None) -> None:
         """Gives back the tensor's resident pages (they fault in again when touched)."""

@@ -172,6 +172,7 @@ def open_packed(path: Path, layout: PackedLayout, key: str, verify: bool) -> Pac
     except BaseException:
         file.close()
         raise
+    file.prefetch(0, file.size)
     return PackedStore(layout, file.data, data_start)
 
 

@@ -213,6 +213,10 @@ def plan_weights(checkpoint: Checkpoint, bound: Bound, packer: Packer) -> dict[s
     plan = {}
     for name, shape in bound.program.weights.items():
         source = bound.sources[name]
+        if len(shape) not in (1, 2):
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: {name} of shape {list(shape)} is neither vector nor matrix"
+            )
         info = checkpoint.tensors.get(source.tensor)
         needed = f"{name} needs shape {list(shape)}"
         if info is None:
@@ -263,7 +267,7 @@ class _Load:
             store = None  # looked at again, and reported, with the lock held
         if store is not None:
             return PackedWeights(store, self.plan, self.checkpoint, "mapped")
-        with entry.lock(lambda: self.progress(LoadProgress("waiting", 0, self.layout.nbytes))):
+        with entry.lock(lambda: self.report("waiting", 0)):
             try:
                 store = open_packed(path, self.layout, key, verify)
             except ModelFileError as damage:
@@ -282,12 +286,12 @@ class _Load:
     def in_memory(self) -> PackedWeights:
         store = PackedStore.in_memory(self.layout)
         done = 0
-        for weight in self.plan.values():
+        for weight in self.prefetched():
             out = store.view(weight.name)
             for first, last, offset, nbytes in _parts(weight):
                 self.pack(weight, first, last, out[offset : offset + nbytes])
                 done += nbytes
-                self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                self.report("packing", done)
         return PackedWeights(store, self.plan, self.checkpoint, "memory")
 
     def stream(self, writer: PackedFileWriter) -> None:
@@ -297,7 +301,7 @@ class _Load:
         written: list[Future[None]] = []
         done = 0
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenmill-cache") as pool:
-            for weight in self.plan.values():
+            for weight in self.prefetched():
                 for first, last, offset, nbytes in _parts(weight):
                     if len(written) >= 2:
                         written[-2].result()  # its buffer is the one used next
@@ -305,9 +309,20 @@ class _Load:
                     self.pack(weight, first, last, out)
                     written.append(pool.submit(writer.write, weight.name, offset, out))
                     done += nbytes
-                    self.progress(LoadProgress("packing", done, self.layout.nbytes))
+                    self.report("packing", done)
             for future in written[-2:]:
                 future.result()
+
+    def report(self, stage: Literal["packing", "waiting"], done: int) -> None:
+        self.progress(LoadProgress(stage, done, sum(weight.nbytes for weight in self.plan.values())))
+
+    def prefetched(self) -> Iterator[PlannedWeight]:
+        """The weights in order, each after the kernel was asked to read the next one's tensor."""
+        weights = list(self.plan.values())
+        for weight, following in zip(weights, [*weights[1:], None], strict=True):
+            if following is not None:
+                self.checkpoint.prefetch(following.tensor)
+            yield weight
 
     def pack(self, weight: PlannedWeight, first: int, last: int, out: UInt8) -> None:
         """Packs rows [first, last) of a weight into ``out`` and gives the source's pages back."""

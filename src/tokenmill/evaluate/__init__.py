@@ -1,0 +1,1 @@
+"""What an optimization costs in quality, as numbers."""
