@@ -28,9 +28,9 @@ def model(smollm2_path: Path) -> str:
 
 
 def test_the_default_model_answers_a_question(model):
-    result = run("generate", model, "What is the capital of France?", "--temperature", "0", "--max-tokens", "24")
+    result = run("generate", model, "What is gravity?", "--temperature", "0", "--max-tokens", "40")
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert "mass" in result.stdout
     assert "tokens/s" in result.stderr
 
 
