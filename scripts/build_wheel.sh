@@ -29,7 +29,7 @@ clean() { (cd "$work" && env PATH="$work/clean/bin" "$@"); }
 echo "== run"
 clean tokenmill doctor
 if [[ "$model" != none ]]; then
-  text=$(clean tokenmill generate "$model" "What is the capital of France?" --max-tokens 16 --temperature 0)
+  text=$(clean tokenmill generate "$model" "What is gravity?" --max-tokens 16 --temperature 0)
   echo "$text"
   [[ -n "$text" ]]
 fi
