@@ -16,6 +16,9 @@ struct Sink {
   void put(int32_t x) { memcpy(out + 64 * used++, &x, 4); }
 };
 
+constexpr int kCounts[] = {0, 1, 5, 7, 8, 9, 13, 15, 16};
+constexpr float kSpecial[] = {0.0f, -0.0f, 0.5f, -126.0f, -126.5f, -200.0f, 127.0f, 1e30f, -1e30f};
+
 int run(const SimdInputs& in, uint8_t* out) {
   Sink sink{out};
   const F32x16 a = load(in.a), b = load(in.b), c = load(in.c);
@@ -24,8 +27,8 @@ int run(const SimdInputs& in, uint8_t* out) {
   const uint16_t* halves = reinterpret_cast<const uint16_t*>(in.bytes);
   sink.put(zero_f32());
   sink.put(set1(in.a[3]));
-  for (int n : {0, 1, 7, 8, 9, 15, 16}) sink.put(load_first(in.a, n));
-  for (int n : {0, 5, 8, 13, 16}) {
+  for (int n : kCounts) {
+    sink.put(load_first(in.a, n));
     sink.put(keep_first(a, n, b));
     store_first(reinterpret_cast<float*>(out + 64 * sink.used++), a, n);
   }
@@ -86,7 +89,7 @@ int run(const SimdInputs& in, uint8_t* out) {
   sink.put(reduce_add(a));
   sink.put(reduce_max(a));
   sink.put(exp2(c));
-  for (float special : {0.0f, -0.0f, 0.5f, -126.0f, -126.5f, -200.0f, 127.0f, 1e30f, -1e30f}) sink.put(exp2(set1(special)));
+  for (float special : kSpecial) sink.put(exp2(set1(special)));
   return sink.used;
 }
 

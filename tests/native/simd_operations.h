@@ -12,7 +12,7 @@ struct SimdInputs {
   int32_t quad, pair;
 };
 
-constexpr int kSimdResults = 96;  // 64 bytes each; unused ones stay zero
+constexpr int kSimdResults = 128;  // 64 bytes each; unused ones stay zero
 
 struct SimdTable {
   // Fills out[kSimdResults][64]; returns how many entries were used.
