@@ -182,6 +182,27 @@ def test_the_second_request_finds_the_first_ones_prompt() -> None:
     assert [e.timings.cached_tokens for e in events if isinstance(e, Finished)] == [96]
 
 
+@pytest.mark.parametrize("length", [PAGE_TOKENS, 2 * PAGE_TOKENS, 2 * PAGE_TOKENS + 1])
+def test_a_prompt_that_is_cached_whole_still_gives_its_first_token(length: int) -> None:
+    core, _ = make_core()
+    prompt = [i % 101 for i in range(length)]
+    first, second = (outputs(run(core, [request(i, prompt)]))[i, 0] for i in (0, 1))
+    assert first == second == expected_greedy(prompt, 12, (FULL,))
+
+
+def test_only_newer_sequences_give_their_pages_to_older_ones() -> None:
+    core, _ = make_core(pages=12, tokens=32)
+    for i in range(8):
+        core.handle(request(i, [i] * 40, SamplingParams(temperature=0, max_tokens=90, seed=0)))
+    while core.busy:
+        oldest = min([*core.scheduler.running, *core.scheduler.waiting], key=lambda s: s.order)
+        before = (oldest.preemptions, oldest.computed)
+        core.step()
+        assert oldest.preemptions == before[0], "the oldest sequence lost its pages"
+        assert oldest.computed > before[1], "the oldest sequence made no step"
+    assert core.statistics.preemptions > 0
+
+
 def test_n_outputs_share_the_prompts_pages() -> None:
     core, _ = make_core(tokens=256)
     core.handle(request(0, list(range(101)), SamplingParams(n=4, max_tokens=20, seed=1)))
