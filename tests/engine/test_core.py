@@ -130,7 +130,7 @@ def test_every_step_decodes_first_and_keeps_to_the_budget() -> None:
         assert sum(ran.values()) <= 32
         if waiting and len(core.scheduler.running) < 6:
             assert sum(ran.values()) == 32, "prompts waited while the budget was not spent"
-        # The plan is not kept: undo nothing, run it.
+        # Planning has taken the pages, so the step must run this very plan and not make another.
         core.scheduler.schedule = lambda chunks=chunks: chunks  # type: ignore[method-assign]
         core.step()
         del core.scheduler.schedule

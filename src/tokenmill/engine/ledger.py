@@ -91,8 +91,8 @@ def plan_memory(
     """Divides the budget.
 
     ``pages_needed(length)`` gives the pages per group of a sequence of ``length`` tokens; ``longest`` is the model's
-    own maximum. Without ``max_model_len`` the context is as long as model and budget allow. Every group gets the pages of
-    one sequence of that length, and beyond that those of ``max_num_seqs`` sequences of one length, as long as fits.
+    own maximum. Without ``max_model_len`` the context is as long as model and budget allow. Every group gets the pages
+    of one sequence of that length, and beyond that those of ``max_num_seqs`` sequences of one length, as long as fits.
 
     Raises MemoryLimitError with needed and available bytes and the argument to lower.
     """
