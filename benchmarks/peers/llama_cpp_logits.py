@@ -7,6 +7,7 @@ OUT holds [windows * tokens, vocabulary].
 
 import json
 import sys
+from pathlib import Path
 
 import llama_cpp
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 
 def main() -> None:
     model, windows_file, out_file, threads = sys.argv[1:5]
-    windows = json.load(open(windows_file))
+    windows = json.loads(Path(windows_file).read_text())
     length = max(map(len, windows))
     llm = llama_cpp.Llama(
         model,

@@ -1,7 +1,7 @@
 """Tokenmill's CPU kernels and program executor."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy
 from numpy.typing import NDArray
@@ -75,9 +75,9 @@ class Executor:
     def diagnose(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], sampled_row: int) -> int:
         """Index of the first op with a non-finite result, or -1."""
 
-    def value(self, id: int, rows: int) -> object: ...
+    def value(self, id: int, rows: int) -> NDArray[numpy.float32]: ...
 
-    def kv_plane(self, group: int, plane: int) -> object: ...
+    def kv_plane(self, group: int, plane: int) -> NDArray[Any]: ...
 
     def copy_page(self, group: int, from_page: int, to_page: int) -> None: ...
 
@@ -109,7 +109,7 @@ def decode_packed_rows(format: int, packed: Annotated[NDArray[numpy.uint8], dict
     Rows (int32) of a packed matrix as fp32 [len(rows), k], equal to the file format's reference decoding.
     """
 
-def quantize_rows(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], format: int) -> tuple:
+def quantize_rows(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], format: int) -> tuple[Any, ...]:
     """
     x (fp32 [m, k]) as int8 activations: codes int8 [m, k], scales fp32 [m, groups], sums of codes int32 per 32
     (INT8_GROUP32) or per 16 (INT8_GROUP256) columns. A group with NaN or infinity has scale NaN and codes 0.
@@ -157,7 +157,7 @@ class Sampler:
     @property
     def scratch_bytes(self) -> int: ...
 
-    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple:
+    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple[Any, ...]:
         """
         Returns (ids, status, logprobs, ranks, best_ids, best_logprobs), each with one entry per element of `rows`.
 
@@ -165,7 +165,7 @@ class Sampler:
         or 2 (nothing may be picked). Log-probabilities are of the logits as given.
         """
 
-    def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], best: int = 0) -> tuple:
+    def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], best: int = 0) -> tuple[Any, ...]:
         """
         Like `sample`, for given tokens: log-probability and rank of targets[i] in row rows[i], and its best tokens.
         """

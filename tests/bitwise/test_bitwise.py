@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tokenmill.backends.native import NativeBackend
-
 from tiny_gguf import VOCABULARY, write_tiny_gguf
+
 from tokenmill import _native
 from tokenmill.backends.backend import StepLimits
+from tokenmill.backends.native import NativeBackend
 from tokenmill.models import bind
 from tokenmill.program.kv import PAGE_TOKENS
 from tokenmill.program.step import SequenceStep, lay_plan

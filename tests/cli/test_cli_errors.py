@@ -156,4 +156,5 @@ def test_doctor_knows_every_kernel_family():
         for match in re.finditer(r"^TM_DEFINE_DISPATCH\(\w+, (\w+?)(?:_kernels)?\)", file.read_text(), re.MULTILINE)
     }
     families = sys.modules["tokenmill.cli.doctor"].KERNEL_FAMILIES
-    assert dispatched == set(families)
+    # The roofline loops are what kernels are measured against, not part of any op.
+    assert dispatched - {"roofline"} == set(families)

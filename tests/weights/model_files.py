@@ -145,9 +145,7 @@ class CopyingPacker:
     def packed_bytes(self, format: int, n: int, k: int) -> int:
         return -(-n // 16) * 16 * TensorType[WeightFormat(format).name].row_bytes(k)
 
-    def pack_matrix(  # noqa: PLR0917
-        self, format: int, source: np.ndarray, n: int, k: int, out: np.ndarray, threads: int
-    ) -> None:
+    def pack_matrix(self, format: int, source: np.ndarray, n: int, k: int, out: np.ndarray, threads: int) -> None:
         assert out.size == self.packed_bytes(format, n, k)
         assert out.ctypes.data % 64 == 0
         self.calls += 1

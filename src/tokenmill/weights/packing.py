@@ -67,9 +67,7 @@ class Packer(Protocol):
     def packed_bytes(self, format: int, n: int, k: int) -> int:
         """Bytes of a packed matrix. Raises ValueError if k does not fit the format."""
 
-    def pack_matrix(  # noqa: PLR0917
-        self, format: int, source: UInt8, n: int, k: int, out: UInt8, threads: int
-    ) -> None:
+    def pack_matrix(self, format: int, source: UInt8, n: int, k: int, out: UInt8, threads: int) -> None:
         """Packs ``source`` (the checkpoint's rows) into ``out``."""
 
 
