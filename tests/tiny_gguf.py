@@ -52,7 +52,9 @@ def write_tiny_gguf(
     def vector(name: str, length: int, center: float = 1.0) -> None:
         writer.add_tensor(name, (center + 0.1 * rng.normal(size=length)).astype(np.float32))
 
-    matrix("token_embd.weight", VOCABULARY, hidden, scale=8.0)
+    # Gemma multiplies embeddings by sqrt(hidden); either way they enter the network with a deviation near one, and the
+    # tied head does not simply repeat the last token.
+    matrix("token_embd.weight", VOCABULARY, hidden, scale=1.0 if architecture == "gemma3" else 8.0)
     vector("output_norm.weight", hidden)
     for i in range(layers):
         block = f"blk.{i}."

@@ -1,0 +1,116 @@
+"""What a request gets from the engine does not depend on how it was scheduled, over the native kernels.
+
+Tokens and log-probabilities of every request, alone in a roomy cache, against the same requests arriving at random in
+engines with few pages (preemptions), small token budgets (chunks) and a prefix cache (hits), on any number of threads.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from tiny_gguf import VOCABULARY, write_tiny_gguf
+
+from tokenmill.backends.backend import StepLimits
+from tokenmill.backends.native import NativeBackend
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.messages import AddRequest, Event, PromptScored, TokenOutput
+from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
+from tokenmill.models import bind
+from tokenmill.sampling import SamplingParams
+from tokenmill.weights.checkpoint import open_checkpoint
+from tokenmill.weights.packing import load_weights
+
+CONTEXT = 640
+
+Outputs = dict[tuple[int, int], list[tuple[int, float]]]
+
+
+@pytest.fixture(
+    scope="module", params=[("llama", ("Q4_K", "Q6_K", "Q8_0"), 2), ("gemma3", ("Q4_1", "Q5_0"), 6)], ids=str
+)
+def loaded(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    checkpoint = open_checkpoint(write_tiny_gguf(folder / "tiny.gguf", *request.param))
+    bound = bind(checkpoint.metadata, checkpoint.kind, {t.name: t.shape for t in checkpoint.tensors.values()})
+    weights = load_weights(checkpoint, bound, cache_dir=folder)
+    yield bound.program, weights
+    weights.close()
+
+
+def make_core(loaded, *, pages: int, tokens: int, sequences: int, threads: int, caching: bool) -> EngineCore:
+    program, weights = loaded
+    rows = max(sequences, MAX_SCORED_ROWS)
+    all_pages = [pages] * len(program.kv_groups)
+    backend = NativeBackend(program, weights, StepLimits(tokens, sequences, rows, CONTEXT), all_pages, threads=threads)
+    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT)
+    return EngineCore(backend, vocab_size=VOCABULARY, kv_pages=all_pages, limits=limits, prefix_caching=caching)
+
+
+def make_requests(rng: random.Random) -> list[AddRequest]:
+    """Prompts of all lengths, some sharing long prefixes; greedy and sampled, some wanting prompt log-probabilities."""
+    shared = [rng.randrange(VOCABULARY) for _ in range(300)]
+    requests = []
+    for number in range(14):
+        own = [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 5, 31, 33, 90, 200)))]
+        prompt = shared[: rng.choice((64, 100, 300))] + own if number % 2 else own
+        params = SamplingParams(
+            max_tokens=rng.randrange(8, 50),
+            temperature=rng.choice((0.0, 0.8, 1.0)),
+            top_p=0.95,
+            repetition_penalty=1.1,
+            seed=number,
+            logprobs=1,
+            prompt_logprobs=1 if number % 5 == 0 else None,
+        )
+        requests.append(AddRequest(number, np.array(prompt, np.int32), params))
+    return requests
+
+
+def collect(events: list[Event], outputs: Outputs) -> None:
+    for event in events:
+        if isinstance(event, TokenOutput):
+            assert event.logprobs is not None
+            outputs.setdefault((event.request_id, event.index), []).append((event.token_id, event.logprobs.logprob))
+        elif isinstance(event, PromptScored):
+            scored = outputs.setdefault((event.request_id, -1), [])
+            scored += [(event.first + i, item.logprob) for i, item in enumerate(event.logprobs)]
+
+
+def run(core: EngineCore, requests: list[AddRequest], rng: random.Random) -> Outputs:
+    """Requests arrive in random order, some while others already decode."""
+    waiting, outputs = rng.sample(requests, len(requests)), Outputs()
+    while waiting or core.busy:
+        while waiting and (not core.busy or rng.random() < 0.3):
+            collect(core.handle(waiting.pop()), outputs)
+        collect(core.step(), outputs)
+        core.cache.check()
+    return outputs
+
+
+def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded):
+    requests = make_requests(random.Random(0))
+    reference: Outputs = {}
+    for message in requests:
+        core = make_core(loaded, pages=64, tokens=512, sequences=1, threads=1, caching=False)
+        reference.update(run(core, [message], random.Random(0)))
+    preemptions = hits = 0
+    for seed, (pages, tokens, sequences, threads) in enumerate(((24, 32, 8, 2), (28, 100, 12, 3), (64, 17, 5, 1))):
+        core = make_core(loaded, pages=pages, tokens=tokens, sequences=sequences, threads=threads, caching=True)
+        assert run(core, requests, random.Random(seed)) == reference
+        preemptions += core.statistics.preemptions
+        hits += sum(len(m.prompt) for m in requests) > core.statistics.tokens - sum(map(len, reference.values()))
+    assert preemptions >= 3, "the caches were meant to be too small"
+    assert hits, "no prompt was found in the prefix cache"
+
+
+def test_another_seed_gives_other_tokens(loaded):
+    """Negative control: the comparison sees sampling."""
+    params = {"max_tokens": 30, "temperature": 1.0, "logprobs": 1}
+    prompt = np.arange(40, dtype=np.int32)
+    results = []
+    for seed in (1, 2):
+        core = make_core(loaded, pages=64, tokens=512, sequences=1, threads=1, caching=False)
+        results.append(run(core, [AddRequest(0, prompt, SamplingParams(seed=seed, **params))], random.Random(0)))
+    assert results[0] != results[1]
