@@ -13,6 +13,7 @@ import sys
 
 import typer
 
+from tokenmill.cli.bench import bench
 from tokenmill.cli.chat import chat
 from tokenmill.cli.doctor import doctor
 from tokenmill.cli.generate import generate
@@ -35,6 +36,7 @@ app.command("pull")(pull_models)
 app.command("list")(list_models)
 app.command("show")(show)
 app.command("doctor")(doctor)
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)
