@@ -33,7 +33,9 @@ def measure_throughput(
     """Runs ``requests`` prompts of random ids through ``llm.generate``, every round other ones, after a warm-up."""
     params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True, seed=0)
     vocab_size = llm.model_config.vocab_size
-    llm.generate(random_prompts(2, 32, vocab_size, seed=1), SamplingParams(max_tokens=4, temperature=0, seed=0))
+    llm.generate(
+        random_prompts(2, input_tokens, vocab_size, seed=1), SamplingParams(max_tokens=1, temperature=0, seed=0)
+    )
     seconds = []
     for round_number in range(rounds):
         prompts = random_prompts(requests, input_tokens, vocab_size, seed=100 + round_number)

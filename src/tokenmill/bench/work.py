@@ -20,7 +20,7 @@ class ModelWork:
     """Work of one token."""
 
     weight_bytes: int
-    """Packed bytes of all matrices that a decoded token multiplies, the head included; looked-up rows are not counted."""
+    """Packed bytes of all matrices that a decoded token multiplies, head included; looked-up rows do not count."""
     body_parameters: int
     """Elements of the matrices that every prompt token multiplies: all but the embedding and the head."""
     kv_groups: tuple[KvGroupSpec, ...]
