@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +97,8 @@ class LLM:
         self.start_seconds: Mapping[str, float] = loaded.seconds
         """Where the time of the start went."""
         self.engine = loaded.engine
+        # Whoever drops the last reference without close() gets the memory back too; the engine closes itself at exit.
+        weakref.finalize(self, self.engine.stop).atexit = False
         self._vocab_size = loaded.bound.program.vocab_size
 
     @property
