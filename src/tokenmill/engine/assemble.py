@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
@@ -21,7 +22,6 @@ from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.program import Program
 from tokenmill.tokenizer import Tokenizer, load_tokenizer
-from tokenmill.weights.cache import default_cache_dir
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 
 _FIXED_BYTES = 32 << 20
@@ -82,6 +82,7 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
     """
     clock = _Clock()
     open_parts: list[Callable[[], None]] = []
+    _check_instruction_set()
     try:
         checkpoint = open_checkpoint(path)
         open_parts.append(checkpoint.close)
@@ -89,7 +90,7 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        tokenizer = load_tokenizer(checkpoint, config.cache_dir or default_cache_dir())
+        tokenizer = load_tokenizer(checkpoint, config.cache_dir or cache_folder())
         clock.lap("load the tokenizer")
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)
@@ -123,6 +124,13 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         raise
     clock.lap("prepare the kernels")
     return LoadedModel(path, bound, tokenizer, dict(checkpoint.generation_defaults), ledger, engine, clock.seconds)
+
+
+def _check_instruction_set() -> None:
+    try:
+        _native.active_isa()
+    except RuntimeError as error:  # TOKENMILL_ISA
+        raise UsageError(str(error)) from error
 
 
 def _check_context(config: EngineConfig, bound: BoundModel) -> None:

@@ -115,7 +115,7 @@ class Engine:
         return os.getpid() == self._process
 
     def check_process(self) -> None:
-        """Raises EngineDeadError in a forked child, where the thread does not exist and any wait would last for ever."""
+        """Raises EngineDeadError in a forked child, which has no thread to wait for."""
         if not self.runs_here:
             raise EngineDeadError(
                 f"the engine belongs to process {self._process}, from which this one was forked; load the model here"
