@@ -406,6 +406,15 @@ def test_the_real_models_ledger_is_within_its_budget(real: LLM, smollm2_path: Pa
         LLM(smollm2_path, memory="60MB")
 
 
+def test_what_was_planned_too_small_is_taken_from_the_kv_cache(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenmill.engine.assemble, "plan_buffers", lambda *_: SimpleNamespace(arena_bytes=0))
+    with LLM(smollm2_path, memory="300MB", cache_dir=tmp_path) as llm:
+        assert 250_000_000 < llm.memory.total <= 300_000_000
+        assert len(llm.generate("Hi", SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
 def test_leaving_in_the_middle_of_an_answer_is_quiet(smollm2_path: Path) -> None:
     script = (
         "import sys; from tokenmill import LLM, SamplingParams\n"

@@ -219,3 +219,9 @@ def test_doctor_knows_every_kernel_family():
     families = sys.modules["tokenmill.cli.doctor"].KERNEL_FAMILIES
     # The roofline loops are what kernels are measured against, not part of any op.
     assert dispatched - {"roofline"} == set(families)
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_quiet(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    result = shell("list", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
