@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_backend import ToyBackend
 
@@ -321,6 +325,9 @@ def test_timings_are_in_order(llm: LLM) -> None:
         ("max_num_seqs", 0),
         ("max_batch_tokens", 8),
         ("kv_cache_dtype", "int3"),
+        ("kv_cache_dtype", []),
+        ("cache_dir", 5),
+        ("cache_dir", ""),
         ("threads", -1),
         ("enable_prefix_caching", "yes"),
     ],
@@ -328,6 +335,41 @@ def test_timings_are_in_order(llm: LLM) -> None:
 def test_a_bad_configuration_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name):
         LLM("smollm2-135m", **{name: value})
+
+
+@pytest.mark.parametrize("model", ["", 5])
+def test_a_model_must_have_a_name(model: Any) -> None:
+    with pytest.raises(UsageError, match="model is "):
+        LLM(model)
+
+
+@pytest.mark.parametrize("prompt", [5, None, b"bytes", {1, 2}, {"a": 1}, [1, "a"], np.zeros((2, 2), int)])
+def test_what_is_no_prompt_is_refused(llm: LLM, prompt: Any) -> None:
+    for use in (llm.generate, llm.stream, llm.score):
+        with pytest.raises(UsageError, match="prompt"):
+            use(prompt)
+
+
+def test_an_array_of_token_ids_is_a_prompt(llm: LLM) -> None:
+    ids = llm.tokenize("array")
+    expected = llm.generate(ids, GREEDY)[0].token_ids
+    assert llm.generate(np.array(ids), GREEDY)[0].token_ids == expected
+    assert llm.generate([np.array(ids)], GREEDY)[0].token_ids == expected
+    assert llm.score(np.array(ids)).tobytes() == llm.score(ids).tobytes()
+    with pytest.raises(PromptError, match="empty"):
+        llm.score(np.array([], int))
+
+
+def test_a_dropped_llm_ends_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded, _ = toy_model()
+    monkeypatch.setattr(tokenmill.llm, "resolve", Path)
+    monkeypatch.setattr(tokenmill.llm, "load_model", lambda config, path: loaded)
+    llm = LLM("toy")
+    llm.generate("hello", GREEDY)
+    del llm
+    gc.collect()
+    with pytest.raises(EngineDeadError, match="closed"):
+        loaded.engine.submit([])
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------
@@ -362,3 +404,24 @@ def test_the_real_models_ledger_is_within_its_budget(real: LLM, smollm2_path: Pa
     assert real.memory.weights >= 50_000_000
     with pytest.raises(MemoryLimitError, match="raise memory"):
         LLM(smollm2_path, memory="60MB")
+
+
+def test_what_was_planned_too_small_is_taken_from_the_kv_cache(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenmill.engine.assemble, "plan_buffers", lambda *_: SimpleNamespace(arena_bytes=0))
+    with LLM(smollm2_path, memory="300MB", cache_dir=tmp_path) as llm:
+        assert 250_000_000 < llm.memory.total <= 300_000_000
+        assert len(llm.generate("Hi", SamplingParams(max_tokens=2))[0].token_ids) == 2
+
+
+def test_leaving_in_the_middle_of_an_answer_is_quiet(smollm2_path: Path) -> None:
+    script = (
+        "import sys; from tokenmill import LLM, SamplingParams\n"
+        "llm = LLM(sys.argv[1], max_model_len=512)\n"
+        "stream = llm.stream('Once', SamplingParams(max_tokens=400, ignore_eos=True)); next(stream)"
+    )
+    left = subprocess.run(
+        [sys.executable, "-c", script, str(smollm2_path)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (left.returncode, left.stdout, left.stderr) == (0, "", "")

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "platform/float_environment.h"
+#include "platform/isa.h"
 
 namespace tokenmill {
 namespace {
@@ -144,6 +145,7 @@ int usable_cpu_count() {
 
 ThreadPool::ThreadPool(int threads)
     : size_(pool_size(threads)), birth_(fork_count()), shares_(static_cast<size_t>(size_)) {
+  active_isa();  // jobs must not throw: a TOKENMILL_ISA that this processor cannot run is refused here
   workers_.reserve(static_cast<size_t>(size_ - 1));
   for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { worker(index); });
   pin_workers();

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 Message = Mapping[str, Any]
 
 
@@ -96,6 +97,8 @@ class LLM:
         self.start_seconds: Mapping[str, float] = loaded.seconds
         """Where the time of the start went."""
         self.engine = loaded.engine
+        # Whoever drops the last reference without close() gets the memory back too; the engine closes itself at exit.
+        weakref.finalize(self, self.engine.stop).atexit = False
         self._vocab_size = loaded.bound.program.vocab_size
 
     @property
@@ -150,7 +153,8 @@ class LLM:
         """The model's answer to a conversation, through its chat template.
 
         ``messages`` are mappings with ``role`` and ``content``. Without ``params`` the model's defaults hold and the
-        answer may be as long as the context allows. Raises ChatTemplateError if the model has no template or it
+        answer may be as long as the context allows. ``chat_template`` names one of several templates that the model
+        has. Raises ChatTemplateError if the model has no template or it
         refuses the conversation, else as :meth:`generate`.
         """
         prompt = self.tokenizer.encode_chat(
@@ -229,8 +233,8 @@ class LLM:
         checked = []
         for number, prompt in enumerate(prompts):
             name = "the prompt" if len(prompts) == 1 else f"prompt {number}"
-            ids = self.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
-            if not prompt or not ids:
+            ids = self.tokenize(prompt) if isinstance(prompt, str) else _token_list(prompt, name)
+            if not ids or not len(prompt):
                 raise PromptError(f"{name} is empty: it needs at least one token")
             for token in ids:
                 if isinstance(token, bool) or not isinstance(token, int | np.integer):
@@ -338,7 +342,9 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, whether one or several were given."""
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence):
+    if isinstance(prompts, np.ndarray):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
         raise UsageError(
             f"prompts is {type(prompts).__name__}; it must be a text, a list of token ids, or a list of them"
         )
@@ -347,7 +353,13 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         raise PromptError("prompts is empty: it needs at least one prompt or token")
     if all(isinstance(item, int | np.integer) for item in batch):
         return [batch]  # type: ignore[list-item]
-    for number, item in enumerate(batch):
-        if not isinstance(item, str | Sequence):
-            raise UsageError(f"prompt {number} is {type(item).__name__}; it must be a text or a list of token ids")
     return batch  # type: ignore[return-value]
+
+
+def _token_list(prompt: object, name: str) -> list[Any]:
+    """The ids of a prompt that is no text; numpy's integers become Python's."""
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 1:
+        return prompt.tolist()  # type: ignore[no-any-return]
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise UsageError(f"{name} is {type(prompt).__name__}; it must be a text or a list of token ids")
+    return list(prompt)

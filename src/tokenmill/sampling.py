@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from tokenmill import _native
 from tokenmill.errors import UsageError
@@ -55,9 +56,11 @@ class SamplingParams:
     """Outputs per prompt."""
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
+        if not isinstance(self.logit_bias, Mapping):
+            raise SamplingError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         _check_whole("max_tokens", self.max_tokens, 1, None, optional=True)
         _check_whole("min_tokens", self.min_tokens, 0, None)
@@ -143,6 +146,12 @@ def sampler_settings(params: SamplingParams, *, sample_index: int, end_ids: Coll
         biases=list(params.logit_bias.values()),
         logprobs=-1 if params.logprobs is None else params.logprobs,
     )
+
+
+def _items(name: str, value: object) -> tuple[Any, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise SamplingError(f"{name} is {value!r}; it must be a list")
+    return tuple(value)
 
 
 def _check_whole(name: str, value: object, low: int, high: int | None, *, optional: bool = False) -> None:

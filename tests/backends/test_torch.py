@@ -76,6 +76,34 @@ def test_it_is_a_backend(backend: TorchBackend) -> None:
     assert backend.kv_bytes() == 0
 
 
+@pytest.mark.parametrize(
+    ("weight", "op"),
+    [
+        ("layers.2.mlp_norm", "RmsNorm layers.2.mlp.in"),
+        ("layers.0.attention.o", "Linear layers.0.attention.o.out"),
+        ("output_norm", "RmsNorm hidden"),
+    ],
+)
+def test_diagnosis_names_the_op_that_first_went_wrong(
+    gemma: tuple[Program, ArrayWeights], weight: str, op: str
+) -> None:
+    backend = torch_backend(*gemma)
+    plan = whole_plan(IDS[:40], 2)
+    backend.run(plan)
+    assert backend.diagnose(plan, 39) is None
+    backend._weight(weight)[..., 3] = torch.nan
+    assert np.isnan(backend.run(plan)["logits"]).any()
+    assert backend.diagnose(plan, 39) == op
+
+
+def test_diagnosis_looks_at_the_rows_own_sequence(backend: TorchBackend) -> None:
+    plan = lay_plan([chunk([5] * 20, 0, 20, [1]), chunk([6] * 20, 0, 20, [2])], 2)
+    backend._weight("token_embedding")[5] = torch.nan
+    assert np.isnan(backend.run(plan)["logits"][3]).any()
+    assert backend.diagnose(plan, 3) == "Embed embedding"
+    assert backend.diagnose(plan, 25) == "Linear logits"  # the head is tied to the embedding
+
+
 @pytest.mark.parametrize("cuts", [[64], [31, 32, 33], [*range(1, 120)]], ids=len)
 def test_a_prompt_in_chunks_gives_the_logits_of_the_whole(backend: TorchBackend, cuts: list[int]) -> None:
     whole = logits(backend, IDS)

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_gguf import write_tiny_gguf
 
 import tokenmill
+from tokenmill.cache_folder import cache_folder
 from tokenmill.cli import doctor  # noqa: F401  (checks that the package imports)
 
 VERBS = ("generate", "chat", "pull", "list", "show", "doctor")
@@ -44,6 +46,11 @@ def test_version(cli):
         ("generate", "smollm2-135m", "Hi", "--max-tokens", "many"),
         ("generate", "smollm2-135m", "Hi", "--nosuchoption"),
         ("generate", "smollm2-135m", ""),
+        ("generate", "smollm2-135m", "\udcff"),
+        ("generate", "smollm2-135m", "Hi", "--temperature", "-1"),
+        ("generate", "smollm2-135m", "Hi", "--memory", "lots"),
+        ("generate", "smollm2-135m", "Hi", "--backend", "cuda"),
+        ("chat", "smollm2-135m", "--top-p", "3"),
         ("generate", "smollm2-135m", "Hi", "--raw", "--system", "Be brief"),
         ("show", "no-such-model"),
         ("show", "/absent/model.gguf"),
@@ -58,6 +65,60 @@ def test_wrong_usage_is_exit_code_2(cli, arguments):
     assert result.out == ""
     assert result.err.strip()
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--temperature", "-1"), ("--stop", ""), ("--threads", "99999"), ("--memory", "lots")], ids=" ".join
+)
+def test_parameters_are_checked_before_a_model_is_fetched(cli, monkeypatch, arguments):
+    def fetch(*_):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("tokenmill.sources.resolve", fetch)
+    result = cli("generate", "smollm2-135m", "Hi", *arguments)
+    assert result.code == 2
+    assert arguments[0].strip("-") in result.err
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} -m tokenmill {command}"],
+        env={**os.environ, **environment}, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+
+
+def test_a_full_disk_at_standard_output_is_exit_code_1():
+    result = shell("list >/dev/full")
+    assert (result.returncode, result.stderr) == (1, "error: reading or writing failed: No space left on device\n")
+
+
+def test_closed_standard_streams():
+    closed_out = shell("list >&-")
+    assert (closed_out.returncode, closed_out.stderr) == (1, "error: standard output is closed\n")
+    closed_in = shell("generate smollm2-135m - <&-")
+    assert (closed_in.returncode, closed_in.stderr) == (2, "error: the prompt is empty\n")
+    assert shell("list 2>&-").returncode == 0
+
+
+def test_an_unknown_instruction_set_path_is_usage(tmp_path):
+    model = write_tiny_gguf(tmp_path / "tiny.gguf")
+    result = shell(f"generate {model} Hi", TOKENMILL_ISA="quantum")
+    assert result.returncode == 2
+    assert "TOKENMILL_ISA=quantum" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("TOKENMILL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(tokenmill.errors.UsageError, match="TOKENMILL_CACHE"):
+        cache_folder()
 
 
 def test_an_unavailable_model_is_exit_code_1(cli, tmp_path, monkeypatch):
@@ -158,3 +219,9 @@ def test_doctor_knows_every_kernel_family():
     families = sys.modules["tokenmill.cli.doctor"].KERNEL_FAMILIES
     # The roofline loops are what kernels are measured against, not part of any op.
     assert dispatched - {"roofline"} == set(families)
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_quiet(tmp_path):
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    result = shell("list", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -108,3 +110,48 @@ def test_closing_ends_open_requests_and_frees_once() -> None:
     with pytest.raises(EngineDeadError, match="closed"):
         engine.submit([])
     assert closed == [True]
+
+
+def test_stopping_frees_without_being_waited_for() -> None:
+    core, _ = make_core()
+    freed = threading.Event()
+    engine = Engine(core, on_close=freed.set)
+    engine.stop()
+    assert freed.wait(10)
+    with pytest.raises(EngineDeadError, match="the engine is closed"):
+        engine.submit([])
+
+
+def test_outputs_that_never_started_end_with_a_cancelled_request(running: tuple[Engine, ToyBackend]) -> None:
+    engine, backend = running
+    in_step, go_on = threading.Event(), threading.Event()
+    plain_run = backend.run
+
+    def held_run(*arguments: object, **named: object) -> object:
+        in_step.set()
+        assert go_on.wait(10)
+        return plain_run(*arguments, **named)  # type: ignore[arg-type]
+
+    backend.run = held_run  # type: ignore[assignment,method-assign]
+    engine.submit([request(engine, [7])])  # the step that is under way while the request under test comes and goes
+    assert in_step.wait(10)
+    message = request(engine, [1, 2, 3], n=4)
+    stream = engine.submit([message])
+    engine.cancel(message.request_id)
+    go_on.set()
+    ends = [stream.next_event() for _ in range(4)]
+    assert {event.index for event in ends if isinstance(event, Finished)} == {0, 1, 2, 3}
+
+
+def test_a_forked_child_is_refused_instead_of_waiting_for_ever(running: tuple[Engine, ToyBackend]) -> None:
+    engine, _ = running
+    child = os.fork()
+    if child == 0:  # what happens here must neither raise nor return into pytest
+        signal.alarm(10)
+        try:
+            engine.submit([request(engine, [1])])
+        except EngineDeadError as error:
+            os._exit(0 if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert isinstance(until_finished(engine.submit([request(engine, [1])]))[-1], Finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,9 @@ def test_without_a_given_budget_the_cache_stays_moderate() -> None:
 
 def test_actual_bytes_over_the_budget_are_refused() -> None:
     ledger = plan(1000 * MB, max_model_len=1024)
-    assert ledger.with_actual(weights=90 * MB, kv=ledger.kv, scratch=5 * MB).weights == 90 * MB
+    assert ledger.checked() is ledger
     with pytest.raises(MemoryLimitError, match="lower max_num_seqs"):
-        ledger.with_actual(weights=990 * MB, kv=ledger.kv, scratch=5 * MB)
+        replace(ledger, weights=990 * MB).checked()
 
 
 def test_the_table_names_every_part() -> None:

@@ -77,3 +77,12 @@ def test_an_unknown_override_is_refused_by_name() -> None:
 
 def test_a_text_is_one_stop_string() -> None:
     assert SamplingParams(stop="ab").stop_strings == ("ab",)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop", 5), ("stop", None), ("stop_token_ids", 5), ("stop_token_ids", "5"), ("logit_bias", [1])],
+)
+def test_a_value_that_is_no_collection_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(SamplingError, match=f"{name} is "):
+        SamplingParams(**{name: value})  # type: ignore[arg-type]

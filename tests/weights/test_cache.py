@@ -16,7 +16,8 @@ import pytest
 from model_files import CopyingPacker, bind_all, small_model
 from test_fuzz import mutate
 
-from tokenmill.weights.cache import CacheEntry, default_cache_dir
+from tokenmill.cache_folder import cache_folder
+from tokenmill.weights.cache import CacheEntry
 from tokenmill.weights.checkpoint import file_digest, open_checkpoint
 from tokenmill.weights.packing import load_weights
 
@@ -345,12 +346,12 @@ def test_a_killed_process_leaves_the_lock_free_and_no_weights(model, cache):
 def test_default_folder_follows_the_environment(monkeypatch):
     monkeypatch.setenv("TOKENMILL_CACHE", "/a")
     monkeypatch.setenv("XDG_CACHE_HOME", "/b")
-    assert default_cache_dir() == Path("/a")
+    assert cache_folder() == Path("/a")
     monkeypatch.delenv("TOKENMILL_CACHE")
-    assert default_cache_dir() == Path("/b/tokenmill")
+    assert cache_folder() == Path("/b/tokenmill")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/c")
-    assert default_cache_dir() == Path("/c/.cache/tokenmill")
+    assert cache_folder() == Path("/c/.cache/tokenmill")
 
 
 def test_sidecars_go_when_the_checkpoint_changes(model, cache):

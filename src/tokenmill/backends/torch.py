@@ -32,6 +32,7 @@ from tokenmill.program.ops import (
     RmsNorm,
     Rope,
     RopeStyle,
+    Rows,
     SoftCap,
     Value,
     WeightFormat,
@@ -160,6 +161,22 @@ class TorchBackend:
         for name in [n for n in self._live if self._last_use[n] < last_op]:
             del self._live[name]
         return results
+
+    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
+        """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
+
+        Runs the step's ops again, as :meth:`tokenmill.backends.native.NativeBackend.diagnose` does. None if every
+        number is finite.
+        """
+        token = int(plan.sampled_rows[sampled_row])
+        first = int(max(start for start in plan.row_starts if start <= token))
+        for index, op in enumerate(self.program.ops):
+            results = self.run(plan, index, index + 1, [value.name for value in op.outputs()])
+            for name, rows in results.items():
+                sampled = self._known[name].rows is Rows.SAMPLED
+                if not np.isfinite(rows[sampled_row] if sampled else rows[first : token + 1]).all():
+                    return f"{type(op).__name__} {', '.join(results)}"
+        return None
 
     def _check_plan(self, plan: StepPlan) -> None:
         limits = self.limits

@@ -8,6 +8,7 @@ The verbs import the engine when they run, so ``tokenmill --help`` does not wait
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -52,6 +53,7 @@ def _version(
 
 def main() -> None:
     """Entry point of the ``tokenmill`` command."""
+    _prepare_streams()
     try:
         app()
     except TokenmillError as error:
@@ -60,11 +62,29 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if os.environ.get("TOKENMILL_DEBUG"):
+            raise
+        # Files have errors of their own above; what is left is mostly standard output on a full disk.
+        place = "" if error.filename is None else f" {error.filename}"
+        _fail(f"reading or writing{place} failed: {error.strerror or error}", 1)
     except Exception as error:
         if os.environ.get("TOKENMILL_DEBUG"):
             raise
         kind = type(error).__name__
         _fail(f"{kind}: {error} (unexpected; TOKENMILL_DEBUG=1 shows where)" if str(error) else kind, 1)
+
+
+def _prepare_streams() -> None:
+    """Makes standard streams that are closed, or that cannot hold every character, usable."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the life of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        _fail("standard output is closed", 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII locale shows what it cannot write
 
 
 def _fail(message: str, exit_code: int) -> None:

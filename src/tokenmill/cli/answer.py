@@ -52,8 +52,11 @@ def open_model(
     quiet: bool = False,
 ) -> LLM:
     """Resolves (and pulls) ``model`` and loads it, saying on standard error where the time goes."""
+    from tokenmill.engine.config import EngineConfig
     from tokenmill.sources import SilentProgress, TerminalProgress, resolve
 
+    # Refuses what no model can have before one is fetched.
+    EngineConfig(model=model, memory=memory, max_model_len=max_model_len, threads=threads, backend=_backend(backend))
     path = resolve(model, SilentProgress() if quiet else TerminalProgress())
     started = time.perf_counter()
     from tokenmill.llm import LLM

@@ -52,19 +52,19 @@ def chat(
     from tokenmill.sources import DEFAULT_MODEL
 
     model = model or DEFAULT_MODEL
+    overrides = options.sampling_overrides(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     with open_model(model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend) as llm:
         if llm.tokenizer.chat_template is None:
             raise UsageError(f"{model} has no chat template; use: tokenmill generate {model} PROMPT")
-        given = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        overrides = {name: value for name, value in given.items() if value is not None}
-        params = llm.default_params(max_tokens=max_tokens, **overrides)
+        params = llm.default_params(**overrides)
         Chat(llm, params, Conversation(system)).run()
 
 

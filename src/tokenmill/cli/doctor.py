@@ -139,8 +139,9 @@ def _print_kernels(native: dict[str, object]) -> None:
 def _engine_defaults() -> dict[str, object]:
     """What the engine's configuration says unless it is told otherwise."""
     from tokenmill.engine.config import EngineConfig
+    from tokenmill.sources import DEFAULT_MODEL
 
-    config = asdict(EngineConfig(model=""))
+    config = asdict(EngineConfig(model=DEFAULT_MODEL))
     return {name: "automatic" if value is None else value for name, value in config.items() if name != "model"}
 
 
@@ -149,7 +150,8 @@ def _total_memory() -> int:
 
 
 def _cache_folders() -> list[CacheFolder]:
-    from tokenmill.sources import cache_folder, models_folder
+    from tokenmill.cache_folder import cache_folder
+    from tokenmill.sources import models_folder
     from tokenmill.sources.progress import folder_bytes
 
     hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"

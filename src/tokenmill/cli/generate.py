@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,20 +45,20 @@ def generate(
     if raw and system is not None:
         raise UsageError("--system needs a chat template, and --raw switches it off")
     text = read_prompt(prompt)
+    overrides = options.sampling_overrides(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop,
+    )
     with open_model(
         model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend, quiet=quiet
     ) as llm:
-        given = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-            "stop": stop,
-        }
-        overrides = {name: value for name, value in given.items() if value is not None}
-        params = llm.default_params(max_tokens=max_tokens, **overrides)
+        params = llm.default_params(**overrides)
         answer = stream_answer(llm, prompt_tokens(llm, text, system, raw), params)
         sys.stdout.write("\n")
         sys.stdout.flush()
@@ -74,6 +75,11 @@ def read_prompt(prompt: str) -> str:
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise UsageError(f"standard input is not UTF-8 text: {error}") from error
+    else:
+        try:
+            prompt = os.fsencode(prompt).decode()  # the argument's own bytes, whatever the locale made of them
+        except UnicodeDecodeError as error:
+            raise UsageError(f"the prompt is not UTF-8 text: {error}") from error
     if not prompt:
         raise UsageError("the prompt is empty")
     return prompt

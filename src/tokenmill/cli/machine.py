@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -68,18 +69,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _cpu_quota() -> float | None:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    folder = Path("/sys/fs/cgroup/cpu")
-    quota_us, period_us = _number(folder / "cpu.cfs_quota_us"), _number(folder / "cpu.cfs_period_us")
-    return None if quota_us is None or not period_us or quota_us <= 0 else quota_us / period_us
+    from tokenmill import _native
 
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # absent
-        return None
+    quota = _native.cgroup_cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup")
+    return quota if math.isfinite(quota) else None

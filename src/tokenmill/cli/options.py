@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,3 +24,15 @@ MaxModelLen = Annotated[
 ]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="0: all that the process may use.")]
 BackendName = Annotated[str, typer.Option("--backend", help="native, or torch (slow; the reference).")]
+
+
+def sampling_overrides(**given: Any) -> dict[str, Any]:
+    """The sampling parameters that were given, for the model's defaults to be overridden with.
+
+    Raises SamplingError for one that no model can take, which is then known before a model is fetched and loaded.
+    """
+    from tokenmill.sampling import SamplingParams
+
+    overrides = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**overrides)
+    return overrides

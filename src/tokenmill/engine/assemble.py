@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
@@ -21,7 +22,6 @@ from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.program import Program
 from tokenmill.tokenizer import Tokenizer, load_tokenizer
-from tokenmill.weights.cache import default_cache_dir
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 
 _FIXED_BYTES = 32 << 20
@@ -82,6 +82,7 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
     """
     clock = _Clock()
     open_parts: list[Callable[[], None]] = []
+    _check_instruction_set()
     try:
         checkpoint = open_checkpoint(path)
         open_parts.append(checkpoint.close)
@@ -89,34 +90,21 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        tokenizer = load_tokenizer(checkpoint, config.cache_dir or default_cache_dir())
+        tokenizer = load_tokenizer(checkpoint, config.cache_dir or cache_folder())
         clock.lap("load the tokenizer")
         program = bound.program.with_kv_element(config.kv_element)
-        ledger = _plan(config, checkpoint, bound, program)
+        ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
         open_parts.append(weights.close)
         clock.lap("load the weights")
-        limits = StepLimits(
-            tokens=config.max_batch_tokens,
-            sequences=config.max_num_seqs,
-            sampled=config.logit_rows,
-            context=ledger.max_model_len,
-        )
-        backend = _make_backend(config, program, weights, limits, ledger)
+        backend, core, actual = _allocate(config, program, weights, ledger)
+        if actual.total > ledger.budget.limit:
+            # Kernels need more beside the buffers than was planned for: the KV cache makes room.
+            backend.close()
+            ledger = _plan(config, checkpoint, bound, program, uncounted=actual.total - ledger.total)
+            backend, core, actual = _allocate(config, program, weights, ledger)
         open_parts.append(backend.close)
-        core = EngineCore(
-            backend,
-            vocab_size=program.vocab_size,
-            kv_pages=ledger.kv_pages,
-            limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
-            prefix_caching=config.enable_prefix_caching,
-            sampler_threads=config.threads,
-        )
-        ledger = ledger.with_actual(
-            weights=weights.nbytes,
-            kv=backend.kv_bytes(),
-            scratch=backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES,
-        )
+        ledger = actual.checked()
         engine = Engine(core, on_close=lambda: _close_all(open_parts))
     except BaseException:
         _close_all(open_parts)
@@ -125,15 +113,24 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
     return LoadedModel(path, bound, tokenizer, dict(checkpoint.generation_defaults), ledger, engine, clock.seconds)
 
 
+def _check_instruction_set() -> None:
+    try:
+        _native.active_isa()
+    except RuntimeError as error:  # TOKENMILL_ISA
+        raise UsageError(str(error)) from error
+
+
 def _check_context(config: EngineConfig, bound: BoundModel) -> None:
     longest = bound.config.max_position
     if config.max_model_len is not None and config.max_model_len > longest:
         raise UsageError(f"max_model_len is {config.max_model_len}; {bound.architecture} here takes at most {longest}")
 
 
-def _plan(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, program: Program) -> MemoryLedger:
+def _plan(
+    config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, program: Program, uncounted: int = 0
+) -> MemoryLedger:
     """The ledger before anything is allocated: the checkpoint's bytes stand for the packed weights, and buffers are
-    counted as if nothing were fused."""
+    counted as if nothing were fused. ``uncounted`` is what this is known to miss, in bytes."""
     if config.backend == "torch":
         weights = DecodedWeights(checkpoint, bound).nbytes
     else:
@@ -145,7 +142,7 @@ def _plan(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, progr
     return plan_memory(
         memory_budget(config.memory),
         weights=weights,
-        scratch=arena + _FIXED_BYTES + threads * 24 * program.vocab_size,
+        scratch=arena + _FIXED_BYTES + threads * 24 * program.vocab_size + uncounted,
         groups=program.kv_groups,
         pages_needed=lambda length: cache.pages_needed(length, config.max_batch_tokens),
         longest=bound.config.max_position,
@@ -161,6 +158,29 @@ def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundMode
 
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
     return load_weights(checkpoint, bound, cache_dir, threads=config.threads)
+
+
+def _allocate(
+    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger
+) -> tuple[Backend, EngineCore, MemoryLedger]:
+    """Backend and core with the pages of ``ledger``, and the ledger with the bytes that they took."""
+    limits = StepLimits(
+        tokens=config.max_batch_tokens,
+        sequences=config.max_num_seqs,
+        sampled=config.logit_rows,
+        context=ledger.max_model_len,
+    )
+    backend = _make_backend(config, program, weights, limits, ledger)
+    core = EngineCore(
+        backend,
+        vocab_size=program.vocab_size,
+        kv_pages=ledger.kv_pages,
+        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
+        prefix_caching=config.enable_prefix_caching,
+        sampler_threads=config.threads,
+    )
+    scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
+    return backend, core, replace(ledger, weights=weights.nbytes, kv=backend.kv_bytes(), scratch=scratch)
 
 
 def _make_backend(

@@ -36,6 +36,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        for name, path, optional in (("model", self.model, False), ("cache_dir", self.cache_dir, True)):
+            if not (optional and path is None) and (not isinstance(path, str | Path) or not str(path)):
+                raise UsageError(f"{name} is {path!r}; it must be a name or path")
         if self.backend not in ("native", "torch"):
             raise UsageError(f'backend is {self.backend!r}; it must be "native" or "torch"')
         if self.memory is not None:
@@ -43,7 +46,7 @@ class EngineConfig:
         _check("max_model_len", self.max_model_len, 2, 2**30, optional=True)
         _check("max_num_seqs", self.max_num_seqs, 1, 4096)
         _check("max_batch_tokens", self.max_batch_tokens, self.max_num_seqs, 2**20)
-        if self.kv_cache_dtype not in KV_ELEMENTS:
+        if not isinstance(self.kv_cache_dtype, str) or self.kv_cache_dtype not in KV_ELEMENTS:
             raise UsageError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; it must be one of {', '.join(KV_ELEMENTS)}")
         _check("threads", self.threads, 0, 1024)
         if not isinstance(self.enable_prefix_caching, bool):

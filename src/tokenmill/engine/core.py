@@ -56,6 +56,12 @@ class _Request:
     sequences: list[Sequence] = field(default_factory=list)
     """Outputs that wait or run. Output 0 computes the prompt; the others start when it has, and find its pages."""
 
+    @property
+    def started_all(self) -> bool:
+        """True once there is no output that waits for output 0."""
+        first = self.sequences[0]
+        return self.message.score_only or first.index > 0 or first.output_length > 0
+
 
 class EngineCore:
     """Runs requests over a backend. Driven only by :meth:`handle` and :meth:`step`; not thread-safe.
@@ -169,6 +175,10 @@ class EngineCore:
             return []
         stopped = [s for s in request.sequences if message.index is None or s.index == message.index]
         events: list[Event] = []
+        if message.index is None and not request.started_all:
+            timings = request.sequences[0].timings()
+            others = range(1, request.message.params.n)
+            events += [Finished(message.request_id, index, FinishReason.ABORT, timings) for index in others]
         for sequence in stopped:
             self.scheduler.remove(sequence)
             events.append(self._finished(request, sequence, FinishReason.ABORT))

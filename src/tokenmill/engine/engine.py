@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
@@ -32,6 +35,7 @@ class EventStream:
 
     def next_event(self) -> Event:
         """Blocks until there is an event. Raises EngineDeadError if there never will be."""
+        self._engine.check_process()
         event = self._events.get()
         if isinstance(event, EngineDeadError):
             self._events.put(event)  # for the next caller too
@@ -55,8 +59,10 @@ class Engine:
         self._ids = itertools.count()
         self._dead: EngineDeadError | None = None
         self._closed = False
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="tokenmill-engine", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     @property
     def statistics(self) -> StepStatistics:
@@ -67,6 +73,7 @@ class Engine:
         """Pages of each KV group between two steps. Raises EngineDeadError."""
         result: list[PoolUsage] = []
         done = threading.Event()
+        self.check_process()
         with self._lock:
             self._check_alive()
             self._inbox.put((lambda: result.extend(self._core.usage()), done))
@@ -78,6 +85,7 @@ class Engine:
 
     def submit(self, requests: list[AddRequest]) -> EventStream:
         """Hands requests in, in this order. Raises EngineDeadError if the engine is closed or has died."""
+        self.check_process()
         stream = EventStream(self)
         with self._lock:
             self._check_alive()
@@ -91,14 +99,27 @@ class Engine:
         self._inbox.put(AbortRequest(request_id, index))
 
     def close(self) -> None:
-        """Ends the thread after the current step; open requests fail. Safe to call twice."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            self._inbox.put(_Stop())
-        self._thread.join()
-        self._on_close()
+        """Ends the thread after the current step and frees everything; open requests fail. Safe to call twice."""
+        self.stop()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def stop(self) -> None:
+        """:meth:`close` without waiting. Takes no lock, so a finalizer may call it wherever a collection happens."""
+        self._closed = True
+        self._inbox.put(_Stop())
+
+    @property
+    def runs_here(self) -> bool:
+        """False in a forked child."""
+        return os.getpid() == self._process
+
+    def check_process(self) -> None:
+        """Raises EngineDeadError in a forked child, which has no thread to wait for."""
+        if not self.runs_here:
+            raise EngineDeadError(
+                f"the engine belongs to process {self._process}, from which this one was forked; load the model here"
+            )
 
     def __enter__(self) -> Engine:
         return self
@@ -109,10 +130,10 @@ class Engine:
         self.close()
 
     def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(str(self._dead)) from self._dead
         if self._closed:
             raise EngineDeadError("the engine is closed")
+        if self._dead is not None:
+            raise EngineDeadError(str(self._dead)) from self._dead
 
     def _run(self) -> None:
         try:
@@ -131,6 +152,7 @@ class Engine:
         for item in self._pending():
             if isinstance(item, tuple):
                 item[1].set()
+        self._on_close()
 
     def _take_messages(self) -> bool:
         """Handles everything in the inbox, waiting for the first message if there is no work. False to stop."""
@@ -162,3 +184,14 @@ class Engine:
                     self._streams[event.request_id] = (stream, left - 1)
             if stream is not None:
                 stream.put(event)
+
+
+_running: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before the interpreter goes: a thread that is inside of native code then would take the process down with it."""
+    for engine in list(_running):
+        if engine.runs_here:
+            engine.close()

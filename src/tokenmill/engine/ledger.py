@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenmill.errors import MemoryLimitError, UsageError
@@ -53,16 +53,15 @@ class MemoryLedger:
     def total(self) -> int:
         return self.weights + self.kv + self.scratch
 
-    def with_actual(self, *, weights: int, kv: int, scratch: int) -> MemoryLedger:
-        """The ledger with bytes as allocated. Raises MemoryLimitError if they exceed the budget."""
-        actual = replace(self, weights=weights, kv=kv, scratch=scratch)
-        if actual.total > self.budget.limit:
+    def checked(self) -> MemoryLedger:
+        """This ledger. Raises MemoryLimitError if it exceeds the budget."""
+        if self.total > self.budget.limit:
             raise MemoryLimitError(
-                f"the model needs {size(actual.total)} (weights {size(weights)}, KV cache {size(kv)}, scratch "
-                f"{size(scratch)}), {self.budget.source} allows {size(self.budget.limit)}; "
+                f"the model needs {size(self.total)} (weights {size(self.weights)}, KV cache {size(self.kv)}, scratch "
+                f"{size(self.scratch)}), {self.budget.source} allows {size(self.budget.limit)}; "
                 f"lower max_num_seqs or max_batch_tokens, or raise memory"
             )
-        return actual
+        return self
 
     def __str__(self) -> str:
         rows = [("weights", size(self.weights), "mapped")]

@@ -2,7 +2,7 @@
 
 from tokenmill.sources.catalogue import CATALOGUE, DEFAULT_MODEL, CatalogueModel
 from tokenmill.sources.errors import ChecksumError, DiskSpaceError, ModelUnavailableError, SourceError
-from tokenmill.sources.folders import cache_folder, local_path, models_folder
+from tokenmill.sources.folders import local_path, models_folder
 from tokenmill.sources.progress import PullProgress, SilentProgress, TerminalProgress
 from tokenmill.sources.pull import is_pulled, pull, verify
 from tokenmill.sources.resolve import resolve
@@ -18,7 +18,6 @@ __all__ = [
     "SilentProgress",
     "SourceError",
     "TerminalProgress",
-    "cache_folder",
     "is_pulled",
     "local_path",
     "models_folder",

@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tokenmill.cache_folder import cache_folder, expand_home
 from tokenmill.sources.catalogue import CatalogueModel
-
-
-def cache_folder() -> Path:
-    """``$TOKENMILL_CACHE``, or ``tokenmill`` in ``$XDG_CACHE_HOME`` (by default ``~/.cache``). May not exist yet."""
-    if chosen := os.environ.get("TOKENMILL_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "tokenmill"
 
 
 def models_folder() -> Path:
     """``$TOKENMILL_MODELS``, or ``models`` in the cache folder. May not exist yet."""
     if chosen := os.environ.get("TOKENMILL_MODELS"):
-        return Path(chosen).expanduser()
+        return expand_home(chosen)
     return cache_folder() / "models"
 
 

@@ -19,18 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tokenmill.cache_folder import cache_folder
 from tokenmill.weights.checkpoint import Checkpoint
 
 _DIGEST_CHARACTERS = 16
-
-
-def default_cache_dir() -> Path:
-    """``$TOKENMILL_CACHE``, else ``$XDG_CACHE_HOME/tokenmill``, else ``~/.cache/tokenmill``."""
-    if own := os.environ.get("TOKENMILL_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "tokenmill"
-    return Path.home() / ".cache" / "tokenmill"
 
 
 def source_identity(checkpoint: Checkpoint) -> str:
@@ -56,7 +48,7 @@ class CacheEntry:
     def __init__(self, checkpoint: Checkpoint, cache_dir: Path | None = None) -> None:
         path = checkpoint.path.resolve()
         self.identity = source_identity(checkpoint)
-        root = default_cache_dir() if cache_dir is None else cache_dir
+        root = cache_folder() if cache_dir is None else cache_dir
         name = path.stem if checkpoint.kind == "gguf" else path.name
         self.folder = root / "packed" / f"{name}-{short_digest(str(path))}"
 

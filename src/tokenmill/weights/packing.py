@@ -179,7 +179,7 @@ def load_weights(
 ) -> PackedWeights:
     """The program's weights, packed: mapped from the build cache, or packed into it first.
 
-    ``cache_dir`` defaults to :func:`tokenmill.weights.cache.default_cache_dir`. ``verify`` checks the cached weights'
+    ``cache_dir`` defaults to :func:`tokenmill.cache_folder.cache_folder`. ``verify`` checks the cached weights'
     digests. ``threads`` is handed to the packing kernels (0: all of this process's cores). A damaged cache file is
     replaced with one warning; if the cache cannot be written, one warning says so and the weights are packed in memory.
 
