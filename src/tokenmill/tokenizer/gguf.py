@@ -187,30 +187,6 @@ class _GgufTokenizer:
             raise self._broken(key, f"is {value!r}, outside the vocabulary of {len(self.vocabulary)} tokens")
         return value
 
-    def _chat_templates(self, bos_id: int | None, eos_id: int | None, unk_id: int | None) -> ChatTemplates | None:
-        single = "tokenizer.chat_template"
-        sources = {  # by key, because reading a value may unpack a large array
-            "default" if key == single else key.removeprefix(single + "."): self.metadata[key]
-            for key in self.metadata
-            if key == single or key.startswith(single + ".")
-        }
-        if not sources:
-            return None
-        for value in sources.values():
-            if not isinstance(value, str):
-                raise ModelFileError(self.path, "tokenizer.chat_template is not a string; the file is broken")
-        named = {"bos_token": bos_id, "eos_token": eos_id, "unk_token": unk_id, "pad_token": self._token_id("padding")}
-        return ChatTemplates(sources, {name: self.vocabulary.spelling(i) for name, i in named.items() if i is not None})
-
-    def _token_id(self, name: str, default: int | None = None) -> int | None:
-        key = f"{name}_token_id"
-        value = self.metadata.get(PREFIX + key)
-        if value is None:
-            return default if default is not None and default < len(self.vocabulary) else None
-        if not isinstance(value, int) or not 0 <= value < len(self.vocabulary):
-            raise self._broken(key, f"is {value!r}, outside the vocabulary of {len(self.vocabulary)} tokens")
-        return value
-
     def _string(self, key: str) -> str:
         value = self.metadata.get(PREFIX + key)
         if value is None:
