@@ -25,6 +25,7 @@ Isa isa_from_name(const std::string& name) {
 
 void bind_bpe(nb::module_& m);
 void bind_executor(nb::module_& m);
+void bind_gguf(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_pointwise(nb::module_& m);
 void bind_roofline(nb::module_& m);
@@ -46,6 +47,7 @@ NB_MODULE(_native, m) {
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
   bind_bpe(m);
   bind_executor(m);
+  bind_gguf(m);
   bind_linear(m);
   bind_pointwise(m);
   bind_roofline(m);

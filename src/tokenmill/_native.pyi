@@ -43,6 +43,11 @@ class Bpe:
     def encode(self, fragments: list[str]) -> list[int]:
         """The ids of texts that do not merge with each other, without the GIL."""
 
+def skip_strings(data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], position: int, count: int) -> int:
+    """
+    Where `count` GGUF strings that begin at `position` end; -1 if that is beyond the data.
+    """
+
 def value_row_bytes(format: int, width: int) -> int:
     """Bytes of one row of a value; a multiple of 64."""
 

@@ -92,11 +92,22 @@ class Op:
 
     def inputs(self) -> tuple[Value, ...]:
         """Values that this op reads, in field order."""
-        return tuple(v for f in fields(self) if f.name not in self.OUTPUTS for v in _values(getattr(self, f.name)))
+        return tuple(v for name in _operands(type(self)) for v in _values(getattr(self, name)))
 
     def weights(self) -> tuple[str, ...]:
         """Names of the weights that this op reads."""
         return ()
+
+
+_OPERANDS: dict[type[Op], tuple[str, ...]] = {}
+
+
+def _operands(op: type[Op]) -> tuple[str, ...]:
+    """Names of the fields that an op reads."""
+    names = _OPERANDS.get(op)
+    if names is None:
+        names = _OPERANDS[op] = tuple(f.name for f in fields(op) if f.name not in op.OUTPUTS)
+    return names
 
 
 def _values(operand: object) -> tuple[Value, ...]:

@@ -9,12 +9,12 @@ no check) and the bytes of each table.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -121,22 +121,21 @@ class Vocabulary:
         body = bytearray(_places(sizes)[-1] - _HEADER_BYTES)
         for table, place in zip(self._tables, _places(sizes), strict=False):
             body[place - _HEADER_BYTES : place - _HEADER_BYTES + table.nbytes] = table.tobytes()
-        temporary: str | None = None
+        partial = folder / f"{_FILE_NAME}.{os.getpid()}.partial"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=_FILE_NAME, suffix=".partial")
-            with os.fdopen(handle, "wb") as file:
-                stamp = os.fstat(handle).st_mtime_ns
+            with partial.open("wb") as file:
+                stamp = os.fstat(file.fileno()).st_mtime_ns
                 header = _HEADER.pack(_MAGIC, _digest(memoryview(body)), stamp, *sizes)
                 file.write(header.ljust(_HEADER_BYTES, b"\0"))
                 file.write(body)
                 file.flush()
-                os.utime(handle, ns=(stamp, stamp))
-            os.replace(temporary, folder / _FILE_NAME)
+                os.utime(file.fileno(), ns=(stamp, stamp))
+            partial.replace(folder / _FILE_NAME)
         except OSError as error:
             _log.warning("the tokenizer's tables cannot be kept in %s (%s); going on without", folder, error)
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
 
 def _places(sizes: Sequence[int]) -> list[int]:
