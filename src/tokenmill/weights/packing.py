@@ -1,7 +1,7 @@
 """From a checkpoint to the weights that kernels read: packed once, through the build cache, and mapped ever after.
 
-The first load streams: a part of a tensor is read from the mapped checkpoint, packed into a buffer, and written and
-hashed by a second thread while the next part is packed; its source pages are given back. Resident memory is the two
+The first load streams: a part of a tensor is read from the mapped checkpoint, packed into a buffer, and checksummed and
+written by a second thread while the next part is packed; its source pages are given back. Resident memory is the two
 buffers and one part of the source, whatever the model's size. The finished file is then mapped read-only.
 """
 
@@ -180,7 +180,7 @@ def load_weights(
     """The program's weights, packed: mapped from the build cache, or packed into it first.
 
     ``cache_dir`` defaults to :func:`tokenmill.weights.cache.default_cache_dir`. ``verify`` checks the cached weights'
-    digests. ``threads`` is handed to the packing kernels (0: all of this process's cores). A damaged cache file is
+    checksums. ``threads`` is handed to the packing kernels (0: all of this process's cores). A damaged cache file is
     replaced with one warning; if the cache cannot be written, one warning says so and the weights are packed in memory.
 
     Raises ModelFileError for a missing or mis-shaped tensor and UnsupportedModelError for one that no kernel takes.
@@ -293,7 +293,7 @@ class _Load:
         return PackedWeights(store, self.plan, self.checkpoint, "memory")
 
     def stream(self, writer: PackedFileWriter) -> None:
-        """Packs part after part on this thread while another hashes and writes the one before."""
+        """Packs part after part on this thread while another writes the one before."""
         largest = max((nbytes for weight in self.plan.values() for *_, nbytes in _parts(weight)), default=1)
         buffers = [_aligned_bytes(largest) for _ in range(2)]
         written: list[Future[None]] = []
