@@ -23,7 +23,9 @@ Isa isa_from_name(const std::string& name) {
 
 }  // namespace
 
+void bind_bpe(nb::module_& m);
 void bind_executor(nb::module_& m);
+void bind_gguf(nb::module_& m);
 void bind_linear(nb::module_& m);
 void bind_pointwise(nb::module_& m);
 void bind_roofline(nb::module_& m);
@@ -43,7 +45,9 @@ NB_MODULE(_native, m) {
   m.def("set_active_isa", [](const std::string& name) { set_active_isa(isa_from_name(name)); },
         "Switches the path in use, for tests and benchmarks. Not while a step runs.");
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
+  bind_bpe(m);
   bind_executor(m);
+  bind_gguf(m);
   bind_linear(m);
   bind_pointwise(m);
   bind_roofline(m);

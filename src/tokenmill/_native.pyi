@@ -21,6 +21,33 @@ def set_active_isa(arg: str, /) -> None:
 def usable_cpu_count() -> int:
     """Threads allowed by the affinity mask and the cgroup's CPU quota."""
 
+def index_bpe(text: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], starts: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], findable: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], merges: Annotated[NDArray[numpy.int32], dict(shape=(None, 2), order='C', device='cpu', writable=False)]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.uint32]]:
+    """
+    Hash tables of a vocabulary: (token_slots, merge_slots), uint32 each, for Bpe.
+
+    `text` holds the spellings one after the other, `starts` [tokens + 1] where each begins; `findable` [tokens] is 0
+    for tokens that text never becomes; `merges` [merges, 2] holds ids, best merge first. Raises ValueError for a
+    merge that joins to no token.
+    """
+
+class Bpe:
+    """
+    Byte-pair encoding over a vocabulary's tables. Safe to use from many threads.
+    """
+
+    def __init__(self, text: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], starts: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], token_slots: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], merge_slots: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order='C', device='cpu', writable=False)], ignore_merges: bool, byte_fallback: bool, unknown: int | None) -> None: ...
+
+    def find(self, text: str) -> int | None:
+        """The id of a token by its spelling, or None."""
+
+    def encode(self, fragments: list[str]) -> list[int]:
+        """The ids of texts that do not merge with each other, without the GIL."""
+
+def skip_strings(data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], position: int, count: int) -> int:
+    """
+    Where `count` GGUF strings that begin at `position` end; -1 if that is beyond the data.
+    """
+
 def value_row_bytes(format: int, width: int) -> int:
     """Bytes of one row of a value; a multiple of 64."""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tokenmill.tokenizer import ChatTemplateError, ChatTemplates, Tokenizer, chat_template
+from tokenmill.tokenizer import ChatTemplateError, ChatTemplates, Tokenizer, chat_rendering
 
 USER = [{"role": "user", "content": "hi"}]
 TOOLS = [
@@ -207,7 +207,7 @@ HOSTILE = [
 def _render_hostile(templates: list[str]) -> list[str]:
     """The errors that ``templates`` end with, in a process of at most 2 GiB and, to be quick, a tenth of the steps."""
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    chat_template.MAX_STEPS //= 10
+    chat_rendering.MAX_STEPS //= 10
     errors = []
     for template in templates:
         try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import random
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from tokenizer_texts import texts
 
 from tokenmill.errors import ModelFileError, UnsupportedModelError
 from tokenmill.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from tokenmill.tokenizer.vocabulary import Vocabulary
 
 
 def load(metadata: dict[str, Any], cache_dir: Path | None = None) -> Tokenizer:
@@ -177,19 +179,37 @@ def test_end_tokens_come_from_metadata_and_text(llama_metadata: dict[str, Any]) 
     assert load(metadata).eos_ids == {2, len(tokens) - 3, len(tokens) - 2}
 
 
-def test_the_merge_list_is_cached_whole(llama_metadata: dict[str, Any], tmp_path: Path) -> None:
-    text = "that </s> the  toast 日"
+def test_the_tables_are_kept_whole(llama_metadata: dict[str, Any], tmp_path: Path) -> None:
+    text = "that </s> the  toast 日🙂"
     expected = load(llama_metadata).encode(text)
     assert load(llama_metadata, tmp_path).encode(text) == expected
-    (cached,) = tmp_path.iterdir()  # and no temporary file
-    written = cached.read_bytes()
+    (kept,) = tmp_path.iterdir()  # and no temporary file
+    written = kept.read_bytes()
     assert load(llama_metadata, tmp_path).encode(text) == expected
-    for broken in (b"", written[:-8], b"\x00" * len(written)):
-        cached.write_bytes(broken)
+    flipped = bytes([*written[:200], written[200] ^ 1, *written[201:]])
+    for broken in (b"", written[:-8], b"\x00" * len(written), flipped):
+        kept.write_bytes(broken)
+        os.utime(kept, ns=(1, 1))
         assert load(llama_metadata, tmp_path).encode(text) == expected
-        assert cached.read_bytes() == written
-    changed = {**llama_metadata, "tokenizer.ggml.scores": llama_metadata["tokenizer.ggml.scores"][::-1]}
-    assert load(changed, tmp_path).encode(text) == load(changed).encode(text)
+        assert Vocabulary.read(tmp_path) is not None  # made again
+        assert kept.read_bytes()[128:] == written[128:]
+
+
+def test_kept_tables_spare_reading_the_arrays(llama_metadata: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = load(llama_metadata, tmp_path)
+    arrays = {f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type")}
+    again = load({key: value for key, value in llama_metadata.items() if key not in arrays}, tmp_path)
+    ids = again.encode("that </s> the  toast")
+    assert ids == tokenizer.encode("that </s> the  toast")
+    assert again.decode(ids) == tokenizer.decode(ids)
+    assert [again.token_bytes(i) for i in range(again.vocab_size)] == [
+        tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)
+    ]
+    assert (again.eos_ids, again.special_ids, again.bos_id) == (
+        tokenizer.eos_ids,
+        tokenizer.special_ids,
+        tokenizer.bos_id,
+    )
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(
@@ -199,7 +219,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     blocked.write_text("")
     with caplog.at_level(logging.WARNING):
         assert load(llama_metadata, blocked / "cache").encode("the") == load(llama_metadata).encode("the")
-    assert "cannot be written" in caplog.text
+    assert "cannot be kept" in caplog.text
 
 
 def test_unknown_kinds_are_refused_by_name(llama_metadata: dict[str, Any], smollm2_file: GgufFile) -> None:

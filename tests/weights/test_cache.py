@@ -166,7 +166,7 @@ def test_a_touched_cache_file_is_verified_once(model, cache, monkeypatch):
     def no_more(*_):
         raise AssertionError("verified again")
 
-    monkeypatch.setattr("tokenmill.weights.packed_file._verify_digests", no_more)
+    monkeypatch.setattr("tokenmill.weights.packed_file._verify_checksums", no_more)
     assert load(model, cache).origin == "mapped"
 
 

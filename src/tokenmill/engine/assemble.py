@@ -22,6 +22,7 @@ from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.program import Program
 from tokenmill.tokenizer import Tokenizer, load_tokenizer
+from tokenmill.weights.cache import CacheEntry
 from tokenmill.weights.checkpoint import Checkpoint, open_checkpoint
 
 _FIXED_BYTES = 32 << 20
@@ -90,7 +91,7 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        tokenizer = load_tokenizer(checkpoint, config.cache_dir or cache_folder())
+        tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
         clock.lap("load the tokenizer")
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
@@ -124,6 +125,15 @@ def _check_context(config: EngineConfig, bound: BoundModel) -> None:
     longest = bound.config.max_position
     if config.max_model_len is not None and config.max_model_len > longest:
         raise UsageError(f"max_model_len is {config.max_model_len}; {bound.architecture} here takes at most {longest}")
+
+
+def _tokenizer_cache(config: EngineConfig, checkpoint: Checkpoint) -> Path | None:
+    """Where the tokenizer keeps what is slow to derive; None where nothing can be kept."""
+    entry = CacheEntry(checkpoint, None if config.cache_dir is None else Path(config.cache_dir))
+    try:
+        return entry.sidecar("tokenizer")
+    except OSError:
+        return None  # the weights come through the same cache, and warn
 
 
 def _plan(

@@ -58,11 +58,16 @@ def _require(condition: bool, message: str) -> None:
 
 def _check_operands(op: Op, assigned: dict[str, Value]) -> None:
     for value in op.inputs():
-        _require(value.name in assigned, f"reads {value.name} before it is assigned")
-        _require(assigned[value.name] == value, f"reads {value} but it was assigned as {assigned[value.name]}")
-    _require(bool(op.outputs()), "assigns nothing")
-    for value in op.outputs():
-        _require(value.name != "" and value.width > 0, f"{value} needs a name and a width of at least 1")
+        was = assigned.get(value.name)
+        if was is None:
+            raise ProgramError(f"reads {value.name} before it is assigned")
+        if was != value:  # the messages of this loop take long to put together
+            raise ProgramError(f"reads {value} but it was assigned as {was}")
+    outputs = op.outputs()
+    _require(bool(outputs), "assigns nothing")
+    for value in outputs:
+        if value.name == "" or value.width < 1:
+            raise ProgramError(f"{value} needs a name and a width of at least 1")
         _require(value.name not in assigned, f"assigns {value.name} a second time")
         assigned[value.name] = value
 
@@ -213,8 +218,10 @@ def _check_weights_used(program: Program) -> None:
 def _check_kv_layers(program: Program) -> None:
     """Each layer of each group is written by exactly one attention."""
     writers = [(op.group, op.layer) for op in program.ops if isinstance(op, Attention)]
-    for group, layer in writers:
-        _require(writers.count((group, layer)) == 1, f"layer {layer} of KV group {group} is written twice")
+    written = set(writers)
+    if len(written) < len(writers):
+        group, layer = next(writer for writer in writers if writers.count(writer) > 1)
+        raise ProgramError(f"layer {layer} of KV group {group} is written twice")
     for group, spec in enumerate(program.kv_groups):
         for layer in range(spec.layers):
-            _require((group, layer) in writers, f"layer {layer} of KV group {group} is written by no attention")
+            _require((group, layer) in written, f"layer {layer} of KV group {group} is written by no attention")

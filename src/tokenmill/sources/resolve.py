@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 from tokenmill.errors import UsageError
@@ -90,6 +89,8 @@ def _looks_like_path(name: str) -> bool:
 def _unknown(name: str) -> str:
     if _looks_like_path(name):
         return f"{name}: no such file or folder"
+    import difflib
+
     close = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return (

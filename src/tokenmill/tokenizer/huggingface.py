@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from tokenmill.errors import ModelFileError, UnsupportedModelError
 from tokenmill.tokenizer.chat_template import ChatTemplates
+from tokenmill.tokenizer.encoder import LibraryEncoder
 from tokenmill.tokenizer.end_tokens import end_tokens_by_text, turn_end_by_text
 from tokenmill.tokenizer.pieces import byte_level_bytes, sentencepiece_bytes
 from tokenmill.tokenizer.tokenizer import Tokenizer, TokenizerParts
@@ -48,7 +49,7 @@ def tokenizer_from_folder(folder: Path, config: Mapping[str, Any] | None = None)
     prefix, suffix = _surrounding(backend, settings, ids)
     return Tokenizer(
         TokenizerParts(
-            backend=backend,
+            encoder=LibraryEncoder(backend),
             token_bytes=decoding.token_bytes,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             special_ids=frozenset(special),

@@ -29,16 +29,16 @@ class TokenizerCheckpoint(Protocol):
         """GGUF metadata by key, or the contents of ``config.json``."""
 
 
-def load_tokenizer(checkpoint: TokenizerCheckpoint, cache_dir: str | os.PathLike[str] | None = None) -> Tokenizer:
+def load_tokenizer(checkpoint: TokenizerCheckpoint, cache: str | os.PathLike[str] | None = None) -> Tokenizer:
     """Builds the tokenizer of ``checkpoint``.
 
-    ``cache_dir`` holds what is slow to derive (the merge list of a large SentencePiece vocabulary); without it
-    everything is derived each time. Raises ``ModelFileError`` for files that are missing or broken and
-    ``UnsupportedModelError`` for tokenizers this version does not know, naming those it does.
+    ``cache`` is a folder that belongs to the contents of this checkpoint alone; what is slow to derive from a GGUF
+    file's vocabulary is kept there (without it, derived each time). Raises ``ModelFileError`` for files that are
+    missing or broken and ``UnsupportedModelError`` for tokenizers this version does not know, naming those it does.
     """
     path = Path(checkpoint.path)
     if checkpoint.kind == "gguf":
-        return tokenizer_from_gguf(checkpoint.metadata, path, None if cache_dir is None else Path(cache_dir))
+        return tokenizer_from_gguf(checkpoint.metadata, path, None if cache is None else Path(cache))
     if checkpoint.kind == "hf":
         return tokenizer_from_folder(path, checkpoint.metadata)
     raise UnsupportedModelError(f"{path}: no tokenizer for a checkpoint of kind {checkpoint.kind!r} (known: gguf, hf)")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tokenizers
-
 from tokenmill.errors import TokenmillError, UsageError
 from tokenmill.tokenizer.chat_template import ChatTemplateError, ChatTemplates
 from tokenmill.tokenizer.detokenizer import IncrementalDetokenizer
+from tokenmill.tokenizer.encoder import Encoder
 
 
 class TokenizerError(TokenmillError):
@@ -22,8 +20,8 @@ class TokenizerError(TokenmillError):
 class TokenizerParts:
     """What a reader of tokenizer files hands over."""
 
-    backend: tokenizers.Tokenizer
-    """Normalizer, pre-tokenizer, model and added tokens. Its post-processor is not used: ``prefix`` and ``suffix``."""
+    encoder: Encoder
+    """Text to ids, without ``prefix`` and ``suffix``."""
     token_bytes: Callable[[int], bytes]
     """The bytes of any id of the vocabulary; empty for an id that pads it."""
     vocab_size: int
@@ -53,9 +51,6 @@ class Tokenizer:
 
     def __init__(self, parts: TokenizerParts) -> None:
         self._parts = parts
-        self._parsing = parts.backend
-        self._plain: tokenizers.Tokenizer | None = None
-        self._plain_lock = threading.Lock()
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -108,9 +103,8 @@ class Tokenizer:
 
         Raises ``TokenizerError`` for a lone surrogate, naming its place.
         """
-        backend = self._parsing if parse_special else self._without_parsing()
         try:
-            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+            ids = self._parts.encoder.encode(text, parse_special)
         except (UnicodeEncodeError, TypeError) as error:
             raise _not_text(text) from error
         return [*self._parts.prefix, *ids, *self._parts.suffix] if add_special else ids
@@ -179,28 +173,6 @@ class Tokenizer:
         ids = self.encode(text, add_special=False)
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
-
-    def _without_parsing(self) -> tokenizers.Tokenizer:
-        """A second front on the same model that takes the text of control tokens as text. Whether a `tokenizers`
-        tokenizer does so is a switch on the object, and throwing it for one call would hit every thread's calls."""
-        with self._plain_lock:
-            if self._plain is None:
-                self._plain = _share_without_parsing(self._parsing)
-            return self._plain
-
-
-def _share_without_parsing(parsing: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    plain = tokenizers.Tokenizer(parsing.model)  # shares the vocabulary and the merges
-    if parsing.normalizer is not None:
-        plain.normalizer = parsing.normalizer
-    if parsing.pre_tokenizer is not None:
-        plain.pre_tokenizer = parsing.pre_tokenizer
-    added = parsing.get_added_tokens_decoder()
-    plain.add_tokens([added[token_id] for token_id in sorted(added)])
-    if plain.get_added_tokens_decoder() != added:  # ids with gaps; only a full copy keeps them
-        plain = tokenizers.Tokenizer.from_str(parsing.to_str())
-    plain.encode_special_tokens = True
-    return plain
 
 
 def _not_text(text: str) -> TokenmillError:

@@ -2,19 +2,20 @@
 
 Each weight is one tensor at a multiple of 64 bytes (matrices as U8 in the kernels' layout, vectors as F32; the format
 allows no holes, so tensors named ``padding.*`` fill them). The file's metadata holds ``key``, which says what was
-packed from what, ``digests``, a BLAKE2b digest of each weight, and ``stamp``, the modification time given to the
-finished file: while it stands, nobody has written to the file since, and the digests need no check.
+packed from what, ``checksums``, the CRC-32 of each weight (against accidents: whoever can write the cache can replace
+the weights), and ``stamp``, the modification time given to the finished file: while it stands, nobody has written to
+the file since, and the checksums need no check.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import mmap
 import os
 import struct
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,6 @@ from tokenmill.weights.mapped_file import MappedFile
 from tokenmill.weights.safetensors import HeaderEntry, parse_json, read_header
 
 ALIGNMENT = 64
-_DIGEST_BYTES = 32
 _STAMP_DIGITS = 20
 
 
@@ -64,7 +64,7 @@ class PackedLayout:
             position += nbytes
         return PackedLayout(entries, tuple(paddings), position)
 
-    def header(self, key: str, digests: dict[str, str], stamp: int) -> bytes:
+    def header(self, key: str, checksums: dict[str, str], stamp: int) -> bytes:
         """The file's first bytes up to the data; their length depends on the layout and the key alone."""
         tensors = {
             entry.name: {
@@ -76,7 +76,7 @@ class PackedLayout:
         }
         metadata = {
             "key": key,
-            "digests": json.dumps({name: digests.get(name, "0" * 2 * _DIGEST_BYTES) for name in self.entries}),
+            "checksums": json.dumps({name: checksums.get(name, _checksum_text(0)) for name in self.entries}),
             "stamp": f"{stamp:0{_STAMP_DIGITS}d}",
         }
         header = json.dumps({"__metadata__": metadata, **tensors}, separators=(",", ":")).encode()
@@ -97,7 +97,7 @@ class PackedFileWriter:
         self._layout = layout
         self._key = key
         self._data_start = len(layout.header(key, {}, 0))
-        self._hashes = {name: hashlib.blake2b(digest_size=_DIGEST_BYTES) for name in layout.entries}
+        self._checksums = dict.fromkeys(layout.entries, 0)
         self._descriptor = -1
 
     def __enter__(self) -> PackedFileWriter:
@@ -112,14 +112,14 @@ class PackedFileWriter:
     def write(self, name: str, offset: int, part: UInt8) -> None:
         """Writes the next part of a weight; parts come in order."""
         # Not through a mapping, whose dirty pages would count as this process's memory until they are on disk.
-        self._hashes[name].update(part.data)
+        self._checksums[name] = zlib.crc32(part.data, self._checksums[name])
         self._write_at(self._data_start + self._layout.entries[name].offset + offset, part.data)
 
     def finish(self) -> None:
         """Makes the file durable and visible under its name."""
         stamp = int(time.time()) * 1_000_000_000
-        digests = {name: hash_.hexdigest() for name, hash_ in self._hashes.items()}
-        self._write_at(0, memoryview(self._layout.header(self._key, digests, stamp)))
+        checksums = {name: _checksum_text(value) for name, value in self._checksums.items()}
+        self._write_at(0, memoryview(self._layout.header(self._key, checksums, stamp)))
         os.utime(self._descriptor, ns=(stamp, stamp))
         os.fsync(self._descriptor)
         os.replace(self._partial, self._path)
@@ -144,7 +144,7 @@ class PackedFileWriter:
 def open_packed(path: Path, layout: PackedLayout, key: str, verify: bool) -> PackedStore | None:
     """Maps a packed file; None if there is none for this key.
 
-    Header and length are always checked. So are the digests if ``verify``, or if the file was written to, copied or
+    Header and length are always checked. So are the checksums if ``verify``, or if the file was written to, copied or
     touched since it was finished. Raises ModelFileError naming the damage.
     """
     if not path.exists():
@@ -165,7 +165,7 @@ def open_packed(path: Path, layout: PackedLayout, key: str, verify: bool) -> Pac
             raise ModelFileError(path, "has no stamp")
         untouched = int(stamp) == file.status.st_mtime_ns
         if verify or not untouched:
-            _verify_digests(file, layout, data_start, metadata.get("digests", ""))
+            _verify_checksums(file, layout, data_start, metadata.get("checksums", ""))
         if not untouched:
             with contextlib.suppress(OSError):  # a read-only cache is verified at each start
                 os.utime(path, ns=(int(stamp), int(stamp)))
@@ -176,19 +176,23 @@ def open_packed(path: Path, layout: PackedLayout, key: str, verify: bool) -> Pac
     return PackedStore(layout, file.data, data_start)
 
 
-def _verify_digests(file: MappedFile, layout: PackedLayout, data_start: int, recorded: str) -> None:
+def _verify_checksums(file: MappedFile, layout: PackedLayout, data_start: int, recorded: str) -> None:
     try:
-        digests = parse_json(recorded.encode())
+        checksums = parse_json(recorded.encode())
     except ValueError:
-        digests = None
-    if not isinstance(digests, dict):
-        raise ModelFileError(file.path, "has no digests of its weights")
+        checksums = None
+    if not isinstance(checksums, dict):
+        raise ModelFileError(file.path, "has no checksums of its weights")
     for entry in layout.entries.values():
         begin = data_start + entry.offset
-        actual = hashlib.blake2b(file.view(begin, entry.nbytes).data, digest_size=_DIGEST_BYTES).hexdigest()
+        actual = _checksum_text(zlib.crc32(file.view(begin, entry.nbytes).data))
         file.release(begin, entry.nbytes)
-        if digests.get(entry.name) != actual:
+        if checksums.get(entry.name) != actual:
             raise ModelFileError(file.path, f"has damaged data in {entry.name!r}")
+
+
+def _checksum_text(value: int) -> str:
+    return f"{value:08x}"
 
 
 class PackedStore:

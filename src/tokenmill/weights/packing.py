@@ -1,7 +1,7 @@
 """From a checkpoint to the weights that kernels read: packed once, through the build cache, and mapped ever after.
 
-The first load streams: a part of a tensor is read from the mapped checkpoint, packed into a buffer, and written and
-hashed by a second thread while the next part is packed; its source pages are given back. Resident memory is the two
+The first load streams: a part of a tensor is read from the mapped checkpoint, packed into a buffer, and checksummed and
+written by a second thread while the next part is packed; its source pages are given back. Resident memory is the two
 buffers and one part of the source, whatever the model's size. The finished file is then mapped read-only.
 """
 
@@ -180,7 +180,7 @@ def load_weights(
     """The program's weights, packed: mapped from the build cache, or packed into it first.
 
     ``cache_dir`` defaults to :func:`tokenmill.cache_folder.cache_folder`. ``verify`` checks the cached weights'
-    digests. ``threads`` is handed to the packing kernels (0: all of this process's cores). A damaged cache file is
+    checksums. ``threads`` is handed to the packing kernels (0: all of this process's cores). A damaged cache file is
     replaced with one warning; if the cache cannot be written, one warning says so and the weights are packed in memory.
 
     Raises ModelFileError for a missing or mis-shaped tensor and UnsupportedModelError for one that no kernel takes.
@@ -293,7 +293,7 @@ class _Load:
         return PackedWeights(store, self.plan, self.checkpoint, "memory")
 
     def stream(self, writer: PackedFileWriter) -> None:
-        """Packs part after part on this thread while another hashes and writes the one before."""
+        """Packs part after part on this thread while another writes the one before."""
         largest = max((nbytes for weight in self.plan.values() for *_, nbytes in _parts(weight)), default=1)
         buffers = [_aligned_bytes(largest) for _ in range(2)]
         written: list[Future[None]] = []
@@ -343,7 +343,8 @@ class _Load:
         """Digest of a fixed matrix packed in each format in use: it changes whenever the packed layout does."""
         fingerprint = hashlib.sha256()
         n, k = ROW_BLOCK + 1, 2 * 2048 + 256
-        source = np.random.Generator(np.random.PCG64(0)).integers(0, 256, 4 * n * k, dtype=np.uint8)
+        # Knuth's multiplicative hash of 0, 1, 2, ...: bytes without a pattern that a layout could hide in.
+        source = (np.arange(4 * n * k, dtype=np.uint32) * np.uint32(2654435761) >> 24).astype(np.uint8)
         types = {info.tensor_type for info in self.checkpoint.tensors.values()}
         for tensor_type in sorted(types):
             weight_format = tensor_type.weight_format
