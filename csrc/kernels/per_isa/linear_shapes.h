@@ -35,7 +35,7 @@ struct MakeIndices<0, kValues...> {
 };
 
 template <class Body, int... kValues>
-TM_INLINE void unroll_over(Indices<kValues...>, Body body) {
+TM_INLINE void unroll_over(Indices<kValues...>, [[maybe_unused]] Body body) {
   (body(Index<kValues>{}), ...);
 }
 // body(Index<0>{}) ... body(Index<kCount - 1>{}), each with a constant, so that arrays it indexes become registers.
@@ -60,9 +60,9 @@ using DirectRows = Indices<4, 2, 1>;
 #elif defined(TM_PATH_NEON)
 inline constexpr int kTileRows = 3, kTileBlocks = 1, kDirectRows = 8;
 using DirectRows = Indices<4, 2, 1>;
-#else
-inline constexpr int kTileRows = 4, kTileBlocks = 1, kDirectRows = 4;
-using DirectRows = Indices<4, 1>;
+#else  // nothing stays in registers: one row at a time, quick to compile
+inline constexpr int kTileRows = 1, kTileBlocks = 1, kDirectRows = 1;
+using DirectRows = Indices<1>;
 #endif
 
 // Rows that share one unpacked tile; their accumulators wait in scratch.
