@@ -29,7 +29,7 @@
 #error "kernel sources are compiled once per instruction-set path with -DTM_ISA=<path>"
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)  // instrumented and inlined everywhere, kernels would take many minutes to compile
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)  // instrumented and inlined everywhere, kernels would take many minutes to compile
 #define TM_INLINE inline
 #else
 #define TM_INLINE inline __attribute__((always_inline))

@@ -104,7 +104,7 @@ void check_case(Checks& checks, const Case& c, const std::string& name) {
       checks.expect(std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) == 0,
                     name + " in blocks of " + std::to_string(rows) + (split ? ", split" : "") + " on " + std::string(isa_name(active_isa())));
     };
-    for (int32_t rows : {1, 3, 8, 13}) same(rows, false);
+    for (int32_t rows : {1, 13}) same(rows, false);
     same(kQueryRows, true);
     same(5, true);
     return bytes;
@@ -118,16 +118,14 @@ int main() {
   std::mt19937 random(5);
   print_paths();
   constexpr Shape kShapes[] = {
-      {KvElement::kF16, 64, 3, 0, 0.0f}, {KvElement::kF16, 8, 1, 0, 0.0f},    {KvElement::kF16, 20, 2, 70, 0.0f},
-      {KvElement::kF16, 80, 1, 0, 20.0f}, {KvElement::kF16, 128, 7, 40, 0.0f},
+      {KvElement::kF16, 64, 2, 0, 0.0f},  {KvElement::kF16, 20, 1, 70, 0.0f}, {KvElement::kF16, 80, 1, 0, 20.0f},
+      {KvElement::kF16, 32, 7, 40, 0.0f}, {KvElement::kBf16, 24, 3, 0, 0.0f}, {KvElement::kF32, 8, 3, 0, 0.0f},
+      {KvElement::kF32, 16, 1, 33, 5.0f},
   };
-  for (KvElement element : {KvElement::kF16, KvElement::kBf16, KvElement::kF32}) {
-    for (Shape shape : kShapes) {
-      shape.element = element;
-      check_case(checks, make_case(shape, random),
-                 "element " + std::to_string(static_cast<int>(element)) + " head_dim " + std::to_string(shape.head_dim) + " group " +
-                     std::to_string(shape.group) + " window " + std::to_string(shape.window));
-    }
+  for (const Shape& shape : kShapes) {
+    check_case(checks, make_case(shape, random),
+               "element " + std::to_string(static_cast<int>(shape.element)) + " head_dim " + std::to_string(shape.head_dim) + " group " +
+                   std::to_string(shape.group) + " window " + std::to_string(shape.window));
   }
   return checks.finish();
 }

@@ -7,7 +7,7 @@
 #include "kernels/simd.h"
 
 // Lambdas in unrolled loops must be inlined, or the accumulators they capture live on the stack.
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define TM_UNROLLED
 #else
 #define TM_UNROLLED __attribute__((always_inline))
