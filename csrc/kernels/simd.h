@@ -29,7 +29,7 @@
 #error "kernel sources are compiled once per instruction-set path with -DTM_ISA=<path>"
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)  // instrumented and inlined everywhere, kernels would take many minutes to compile
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)  // instrumented and inlined everywhere, kernels would take many minutes to compile
 #define TM_INLINE inline
 #else
 #define TM_INLINE inline __attribute__((always_inline))
@@ -347,8 +347,8 @@ TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
 
 template <int kCodeBits>
 TM_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {
-#if defined(TM_HAS_VNNI)
-  __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+#if defined(TM_HAS_VNNI)  // in AVX-VNNI's encoding; a test build has AVX-512's
+  __asm__("%{" TM_VNNI_ENCODING "%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
   return acc;
 #else
   if constexpr (kCodeBits <= 6) {
@@ -369,7 +369,7 @@ TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
 
 TM_INLINE __m256i dot2_half(__m256i acc, __m256i w, __m256i a) {
 #if defined(TM_HAS_VNNI)
-  __asm__("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
+  __asm__("%{" TM_VNNI_ENCODING "%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
   return acc;
 #else
   return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a));

@@ -17,7 +17,7 @@ constexpr std::string_view kNames[kIsaCount] = {"portable", "avx2", "avx2vnni", 
 
 #if defined(__x86_64__)
 // AVX-VNNI is CPUID leaf 7, sub-leaf 1, EAX bit 4; g++ 12's __builtin_cpu_supports does not know it.
-bool cpu_has_avx_vnni() {
+[[maybe_unused]] bool cpu_has_avx_vnni() {
   unsigned eax = 7, ebx = 0, ecx = 1, edx = 0;
   __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
   return (eax >> 4) & 1U;
@@ -59,7 +59,11 @@ bool isa_available(Isa isa) {
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     case Isa::kAvx2Vnni:
+#if defined(TM_EVEX_AVX2VNNI)
+      return isa_available(Isa::kAvx512Vnni);
+#else
       return isa_available(Isa::kAvx2) && cpu_has_avx_vnni();
+#endif
     case Isa::kAvx512:
       return isa_available(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -5,21 +5,14 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
-#include <random>
 #include <stdexcept>
-#include <string>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
-#include "check.h"
 #include "kernels/linear.h"
-#include "platform/float_environment.h"
-#include "platform/isa.h"
+#include "paths.h"
 #include "platform/thread_pool.h"
 
 using namespace tokenmill;
@@ -28,16 +21,6 @@ namespace {
 
 constexpr int kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 64, 127};
 constexpr int kMostRows = 127;
-
-struct AlignedDelete {
-  void operator()(uint8_t* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-using AlignedBytes = std::unique_ptr<uint8_t[], AlignedDelete>;
-AlignedBytes aligned_bytes(size_t bytes) {
-  AlignedBytes p(static_cast<uint8_t*>(::operator new(bytes, std::align_val_t{64})));
-  std::memset(p.get(), 0xff, bytes);  // NaN as floats: stale memory must not reach a result
-  return p;
-}
 
 // Random rows in the file's layout. fp16 fields get small finite values; all other bits are random.
 std::vector<uint8_t> random_source(WeightFormat format, int n, int k, std::mt19937& random) {
@@ -221,6 +204,7 @@ void check_case(Checks& checks, const Case& c, const std::string& name) {
 int main() {
   Checks checks;
   std::mt19937 random(7);
+  print_paths();
   for (int number = 0; number < kWeightFormatCount; ++number) {
     const WeightFormat format = static_cast<WeightFormat>(number);
     const ActivationFormat activation = activation_format(format);

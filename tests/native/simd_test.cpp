@@ -1,13 +1,8 @@
 // The lane operations of every path against the portable path, bit for bit.
 #include <cmath>
 #include <cstring>
-#include <random>
-#include <string>
-#include <vector>
 
-#include "check.h"
-#include "platform/float_environment.h"
-#include "platform/isa.h"
+#include "paths.h"
 #include "platform/per_isa.h"
 #include "simd_operations.h"
 
@@ -21,6 +16,7 @@ int main() {
   const FloatEnvironment environment;
   Checks checks;
   std::mt19937 random(11);
+  print_paths();
   std::normal_distribution<float> normal;
   for (int round = 0; round < 200; ++round) {
     SimdInputs in{};

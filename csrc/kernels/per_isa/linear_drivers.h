@@ -33,10 +33,10 @@ __attribute__((noinline)) void multiply_direct(const LinearArguments& arguments,
   const int32_t k = arguments.weight.k;
   const uint8_t* chunk = arguments.weight.data + static_cast<size_t>(block) * row_block_bytes(arguments.weight.format, k);
   F32x16 total[kRows], acc[kRows][1];
-  unroll<kRows>([&](auto m) TM_UNROLLED {
+  TM_UNROLL for (int m = 0; m < kRows; ++m) {
     total[m] = zero_f32();
     acc[m][0] = zero_f32();
-  });
+  }
   for (int32_t column = 0; column < k;) {
     const int columns = k - column < kChunkColumns ? k - column : kChunkColumns;
     prefetch_lines<Format::kChunkBytes>(chunk, 2 * Format::kChunkBytes);
@@ -44,13 +44,13 @@ __attribute__((noinline)) void multiply_direct(const LinearArguments& arguments,
     chunk += Format::chunk_bytes(columns);
     column += columns;
     if (column % Format::kRestartColumns == 0 || column == k) {
-      unroll<kRows>([&](auto m) TM_UNROLLED {
+      TM_UNROLL for (int m = 0; m < kRows; ++m) {
         total[m] = add(total[m], acc[m][0]);
         acc[m][0] = zero_f32();
-      });
+      }
     }
   }
-  unroll<kRows>([&](auto m) TM_UNROLLED { store_outputs(arguments, block, row + m, total[m]); });
+  TM_UNROLL for (int m = 0; m < kRows; ++m) store_outputs(arguments, block, row + m, total[m]);
 }
 
 // `rows` rows from `row`, the largest kernel first.
@@ -76,9 +76,13 @@ struct TileScratch {
 template <class Kind, int kRows>
 TM_INLINE void multiply_panel(const typename Kind::Tile& tile, int columns, const typename Kind::Activations& x, TileRow* rows) {
   F32x16 acc[kRows][kTileBlocks];
-  unroll<kRows>([&](auto m) TM_UNROLLED { unroll<kTileBlocks>([&](auto n) TM_UNROLLED { acc[m][n] = load(rows[m][n]); }); });
+  TM_UNROLL for (int m = 0; m < kRows; ++m) {
+    TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = load(rows[m][n]);
+  }
   Kind::template multiply_tile<kRows>(tile, columns, x, acc);
-  unroll<kRows>([&](auto m) TM_UNROLLED { unroll<kTileBlocks>([&](auto n) TM_UNROLLED { store(rows[m][n], acc[m][n]); }); });
+  TM_UNROLL for (int m = 0; m < kRows; ++m) {
+    TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) store(rows[m][n], acc[m][n]);
+  }
 }
 
 // A tile times all rows of a sweep. One instance per kind of format, not per format.

@@ -24,11 +24,11 @@ struct ElementKind {
   static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ElementActivations& x, F32x16 (&acc)[kRows][kTileBlocks]) {
     for (int k = 0; k < columns; ++k) {
       F32x16 w[kTileBlocks];
-      unroll<kTileBlocks>([&](auto n) TM_UNROLLED { w[n] = load(tile.w[k][n]); });
-      unroll<kRows>([&](auto m) TM_UNROLLED {
+      TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) w[n] = load(tile.w[k][n]);
+      TM_UNROLL for (int m = 0; m < kRows; ++m) {
         const F32x16 value = x.at(m, k);
-        unroll<kTileBlocks>([&](auto n) TM_UNROLLED { acc[m][n] = fma(w[n], value, acc[m][n]); });
-      });
+        TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = fma(w[n], value, acc[m][n]);
+      }
     }
   }
 };
@@ -75,7 +75,7 @@ struct ElementFormat {
   template <int kRows>
   static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ElementActivations& x, F32x16 (&acc)[kRows][1]) {
     for_each_column(chunk, columns, [&](int k, F32x16 w) TM_UNROLLED {
-      unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][0] = fma(w, x.at(m, k), acc[m][0]); });
+      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][0] = fma(w, x.at(m, k), acc[m][0]);
     });
   }
 

@@ -75,19 +75,19 @@ struct IntegerKind {
   template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
   static TM_INLINE void dot_quads(const Codes& codes, int group, int sum_index, const ChunkActivations& x,
                                   I32x16 (&dot)[kRows][kBlocks]) {
-    unroll<kRows>([&](auto m) TM_UNROLLED {
+    TM_UNROLL for (int m = 0; m < kRows; ++m) {
       I32x16 start = zero_i32();
       if constexpr (!kHasMinimum) start = set1_i32(-codes.offset() * x.sum(m, sum_index));
-      unroll<kBlocks>([&](auto n) TM_UNROLLED { dot[m][n] = start; });
-    });
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = start;
+    }
     unroll<kEnd - kBegin>([&](auto i) TM_UNROLLED {
       constexpr int j = kBegin + decltype(i)::value;
       U8x64 w[kBlocks];
-      unroll<kBlocks>([&](auto n) TM_UNROLLED { w[n] = codes.template quad<j>(n, group); });
-      unroll<kRows>([&](auto m) TM_UNROLLED {
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) w[n] = codes.template quad<j>(n, group);
+      TM_UNROLL for (int m = 0; m < kRows; ++m) {
         const int32_t quad = x.quad(m, group, j);
-        unroll<kBlocks>([&](auto n) TM_UNROLLED { dot[m][n] = dot4<kDotBits>(dot[m][n], w[n], quad); });
-      });
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = dot4<kDotBits>(dot[m][n], w[n], quad);
+      }
     });
   }
 
@@ -97,14 +97,14 @@ struct IntegerKind {
     for (int g = 0; g < groups; ++g) {
       I32x16 dot[kRows][kBlocks];
       dot_quads<kRows, kBlocks, 0, 8>(codes, g, g, x, dot);
-      unroll<kBlocks>([&](auto n) TM_UNROLLED {
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
         const F32x16 scale = load(scales[n].scale[g]);
-        unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(mul(to_f32(dot[m][n]), x.scale(m, g)), scale, acc[m][n]); });
+        TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(mul(to_f32(dot[m][n]), x.scale(m, g)), scale, acc[m][n]);
         if constexpr (kHasMinimum) {
           const F32x16 minimum = load(scales[n].minimum[g]);
-          unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(x.scaled_sum(m, g), minimum, acc[m][n]); });
+          TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(x.scaled_sum(m, g), minimum, acc[m][n]);
         }
-      });
+      }
     }
   }
 
@@ -112,7 +112,9 @@ struct IntegerKind {
   static TM_INLINE void multiply_super_block(const Codes& codes, const ChunkScales* scales, const ChunkActivations& x,
                                              F32x16 (&acc)[kRows][kBlocks]) {
     F32x16 p[kRows][kBlocks];
-    unroll<kRows>([&](auto m) TM_UNROLLED { unroll<kBlocks>([&](auto n) TM_UNROLLED { p[m][n] = zero_f32(); }); });
+    TM_UNROLL for (int m = 0; m < kRows; ++m) {
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) p[m][n] = zero_f32();
+    }
     for (int g = 0; g < kChunkColumns / kGroupColumns; ++g) {
       if constexpr (kScaleColumns == 32) {
         add_scaled<kRows, kBlocks, 0, 8>(codes, scales, g, g, x, p);
@@ -121,20 +123,20 @@ struct IntegerKind {
         add_scaled<kRows, kBlocks, 4, 8>(codes, scales, g, 2 * g + 1, x, p);
       }
     }
-    unroll<kBlocks>([&](auto n) TM_UNROLLED {
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
       const F32x16 d = load(scales[n].d);
-      unroll<kRows>([&](auto m) TM_UNROLLED { acc[m][n] = fma(p[m][n], mul(d, x.scale(m, 0)), acc[m][n]); });
+      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(p[m][n], mul(d, x.scale(m, 0)), acc[m][n]);
       if constexpr (kHasMinimum) {
         const F32x16 negative_dmin = load(scales[n].negative_dmin);
-        unroll<kRows>([&](auto m) TM_UNROLLED {
+        TM_UNROLL for (int m = 0; m < kRows; ++m) {
           I32x16 sum = zero_i32();
-          unroll<kChunkColumns / kScaleColumns / 2>([&](auto i) TM_UNROLLED {
+          TM_UNROLL for (int i = 0; i < kChunkColumns / kScaleColumns / 2; ++i) {
             sum = dot2(sum, load(scales[n].minimum_pairs[i]), x.pair(m, i));
-          });
+          }
           acc[m][n] = fma(to_f32(sum), mul(negative_dmin, x.scale(m, 0)), acc[m][n]);
-        });
+        }
       }
-    });
+    }
   }
 
   template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
@@ -142,10 +144,10 @@ struct IntegerKind {
                                    const ChunkActivations& x, F32x16 (&p)[kRows][kBlocks]) {
     I32x16 dot[kRows][kBlocks];
     dot_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, scale_index, x, dot);
-    unroll<kBlocks>([&](auto n) TM_UNROLLED {
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
       const F32x16 scale = load(scales[n].scale[scale_index]);
-      unroll<kRows>([&](auto m) TM_UNROLLED { p[m][n] = fma(to_f32(dot[m][n]), scale, p[m][n]); });
-    });
+      TM_UNROLL for (int m = 0; m < kRows; ++m) p[m][n] = fma(to_f32(dot[m][n]), scale, p[m][n]);
+    }
   }
 };
 

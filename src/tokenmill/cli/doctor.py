@@ -40,7 +40,7 @@ _SETTINGS = {
     "HF_HOME": "huggingface_hub's own cache",
 }
 
-_PACKAGES = ("tokenmill", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2", "torch")
+_PACKAGES = ("tokenmill", "numpy", "tokenizers", "huggingface_hub", "jinja2", "torch")
 
 
 @dataclass(frozen=True, slots=True)
