@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
-from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
