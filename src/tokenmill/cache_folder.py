@@ -18,12 +18,12 @@ def cache_folder() -> Path:
     return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tokenmill"
 
 
-def expand_home(path: str) -> Path:
+def expand_home(path: str | Path) -> Path:
     """``path`` with a leading ``~`` replaced. Raises UsageError if there is no home folder to replace it with."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            f"{path} needs a home folder, and this user has none: set HOME, or TOKENMILL_CACHE to a folder for models "
-            f"and packed weights"
+            f"{path} needs a home folder that does not exist: set HOME, or TOKENMILL_CACHE to a folder for models and "
+            f"packed weights"
         ) from error

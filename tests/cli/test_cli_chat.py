@@ -122,11 +122,14 @@ def test_save_and_load_go_on_where_they_were(cli, fake_llm, tmp_path):
 
 
 def test_commands_with_files_say_what_is_wrong(cli, fake_llm, tmp_path):
-    result = cli("chat", "m", stdin=f"/save\n/load\n/load {tmp_path}/absent\n/save {tmp_path}/no/folder\n")
+    result = cli(
+        "chat", "m", stdin=f"/save\n/load\n/load {tmp_path}/absent\n/save ~nosuchuser99/x\n/save {tmp_path}/no/folder\n"
+    )
     assert result.code == 0
     assert "/save needs a file name" in result.err
     assert "/load needs a file name" in result.err
     assert "absent cannot be read" in result.err
+    assert "~nosuchuser99/x needs a home folder" in result.err
     assert "cannot be written" in result.err
 
 

@@ -225,3 +225,19 @@ def test_an_interrupt_while_the_command_line_is_imported_is_quiet(tmp_path):
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
     result = shell("list", PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become a user who cannot read the folder")
+@pytest.mark.parametrize("verb", ["list", "doctor"])
+def test_an_unreadable_cache_folder_is_shown_as_it_is(cli, tmp_path, monkeypatch, verb):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    monkeypatch.setenv("TOKENMILL_CACHE", str(closed / "cache"))
+    assert cli(verb).code == 0  # with everything that it imports
+    os.seteuid(54321)
+    try:
+        result = cli(verb)
+    finally:
+        os.seteuid(0)
+    assert (result.code, result.err) == (0, "")
+    assert ("NOT WRITABLE" if verb == "doctor" else "not here") in result.out

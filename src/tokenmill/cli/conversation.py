@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenmill.cache_folder import expand_home
 from tokenmill.errors import TokenmillError
 
 _ROLES = ("user", "assistant")
@@ -49,7 +50,7 @@ class Conversation:
 
     def save(self, file: str | Path) -> Path:
         """Writes JSON; an existing file is replaced only by a complete one."""
-        path = Path(file).expanduser()
+        path = expand_home(file)
         partial = path.with_name(f".{path.name}.partial")
         text = json.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=2)
         try:
@@ -63,7 +64,7 @@ class Conversation:
     @classmethod
     def load(cls, file: str | Path) -> Conversation:
         """Reads what ``save`` wrote. Raises ConversationFileError if it is anything else."""
-        path = Path(file).expanduser()
+        path = expand_home(file)
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

@@ -150,11 +150,11 @@ def _total_memory() -> int:
 
 
 def _cache_folders() -> list[CacheFolder]:
-    from tokenmill.cache_folder import cache_folder
+    from tokenmill.cache_folder import cache_folder, expand_home
     from tokenmill.sources import models_folder
     from tokenmill.sources.progress import folder_bytes
 
-    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub"
+    hub = expand_home(os.environ.get("HF_HOME") or "~/.cache/huggingface") / "hub"
     models, cache = models_folder(), cache_folder()
     cached = folder_bytes(cache) - (folder_bytes(models) if models.is_relative_to(cache) else 0)
     return [
@@ -166,8 +166,15 @@ def _cache_folders() -> list[CacheFolder]:
 
 def _writable(folder: Path) -> bool:
     """Whether files can be made in ``folder``, or the folder itself where it does not exist yet."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.stat()
+        except FileNotFoundError:
+            continue
+        except OSError:  # behind a folder that may not be entered, or below a file
+            return False
+        return place.is_dir() and os.access(place, os.W_OK | os.X_OK, effective_ids=True)
+    return False
 
 
 def _versions() -> dict[str, str]:

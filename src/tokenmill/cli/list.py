@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -50,7 +51,7 @@ def listed_models() -> list[ListedModel]:
     rows: list[ListedModel] = []
     for model in CATALOGUE.values():
         here = is_pulled(model)
-        state = "here" if here else "partly here" if partial_folder(model).exists() else "not here"
+        state = "here" if here else "partly here" if os.path.exists(partial_folder(model)) else "not here"
         path = str(local_path(model)) if here else None
         rows.append(ListedModel(model.name, model.title, model.size, model.licence, state, path))
     known = {model.file_name for model in CATALOGUE.values()}
@@ -63,4 +64,4 @@ def listed_models() -> list[ListedModel]:
 
 
 def _gguf_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.gguf")) if folder.is_dir() else []
+    return sorted(folder.glob("*.gguf")) if os.path.isdir(folder) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -162,6 +161,3 @@ class OutputBuilder:
             output.finish_reason, output.stop_reason = FinishReason.STOP.value, self._stop.found
         output.text += text
         return StreamChunk(output.index, text, [], None, output.finish_reason)
-
-
-MakeDetokenizer = Callable[[], Detokenizer]

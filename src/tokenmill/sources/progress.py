@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -84,12 +86,10 @@ def follow_folder(folder: Path, set_bytes: SetBytes, interval: float = 0.2) -> I
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes in the files below ``folder``; files that vanish meanwhile count as nothing."""
+    """Bytes in the files below ``folder``; what is unreadable or vanishes meanwhile counts as nothing."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            if path.is_file():
-                total += path.stat().st_size
-        except OSError:
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(parent, name)).st_size  # a link's target is counted where it lies
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenmill.cache_folder import expand_home
 from tokenmill.errors import UsageError
 from tokenmill.sources.catalogue import CATALOGUE
 from tokenmill.sources.errors import ModelUnavailableError, SourceError
@@ -27,7 +28,7 @@ def resolve(model: str | Path, progress: PullProgress | None = None) -> Path:
     name = str(model)
     if name in CATALOGUE:
         return _catalogue_file(name, progress)
-    path = Path(name).expanduser()
+    path = expand_home(name)
     if path.is_file():
         return _gguf_file(path)
     if path.is_dir():
