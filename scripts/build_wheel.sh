@@ -24,6 +24,9 @@ echo "== install $wheel into a clean environment"
 "${PYTHON:-python3}" -m venv "$work/clean"
 "$work/clean/bin/pip" install --quiet --only-binary :all: "$wheel"
 
+echo "== size"
+"$work/clean/bin/python" scripts/install_size.py
+
 # Nothing but the clean environment is on PATH, so a compiler that the wheel secretly wanted would be missed.
 clean() { (cd "$work" && env PATH="$work/clean/bin" "$@"); }
 echo "== run"

@@ -1,11 +1,14 @@
 """Prints what the core install weighs: every package that `pip install tokenmill` brings, in MB on disk.
 
+Exits with 1 above the limit.
+
 Run it with the interpreter of an environment that has tokenmill installed (not in editable mode).
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -16,7 +19,10 @@ def main() -> None:
     sizes = {name: installed_bytes(name) for name in requirements("tokenmill")}
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         print(f"{size / 1e6:8.1f} MB  {name} {metadata.version(name)}")
-    print(f"{sum(sizes.values()) / 1e6:8.1f} MB  in all (limit {LIMIT_MB} MB)")
+    total = sum(sizes.values()) / 1e6
+    print(f"{total:8.1f} MB  in all (limit {LIMIT_MB} MB)")
+    if total > LIMIT_MB:
+        sys.exit(1)
 
 
 def requirements(name: str) -> set[str]:
