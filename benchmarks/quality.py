@@ -80,7 +80,10 @@ def measure(name: str, tokens: int, peer: str | None, threads: int, *, shares: b
     tokenizer = load_tokenizer(checkpoint)
     text = real_text()
     ids = tokenizer.encode(text, add_special=False, parse_special=False)
-    cut = windows(ids[: tokens + WINDOW], WINDOW, tokenizer.bos_id)[: -(-tokens // WINDOW)]
+    bos = tokenizer.encode(
+        "", add_special=True
+    )  # only where the model wants one: to others it is a token like no other
+    cut = windows(ids[: tokens + WINDOW], WINDOW, bos[0] if bos else None)[: -(-tokens // WINDOW)]
     limits = StepLimits(tokens=ROWS, sequences=1, sampled=ROWS, context=WINDOW)
     pages = [WINDOW // PAGE_TOKENS] * len(bound.program.kv_groups)
     weights = load_weights(checkpoint, bound)
