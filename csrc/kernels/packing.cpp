@@ -100,13 +100,20 @@ inline void write_quads(const uint32_t (&quads)[8], uint8_t* chunk, const ChunkP
     uint8_t* out = chunk + planes.codes2 + 128 * group + 4 * row;
     for (int v = 0; v < 2; ++v) {
       uint32_t word = 0;
-      for (int t = 0; t < 4; ++t) word |= ((quads[4 * v + t] >> kShift) & bytes_of(3)) << (2 * t);
+      for (int t = 0; t < 4; ++t) {
+        const uint32_t bits = (quads[4 * v + t] >> kShift) & bytes_of(3);
+        word |= bits << (2 * t);
+      }
       store_u32(out + 64 * v, word);
     }
   }
   if constexpr (kBits == 3 || kBits == 5) {
     uint32_t word = 0;
-    for (int j = 0; j < 8; ++j) word |= ((quads[j] >> kLowBits) & bytes_of(1)) << j;
+    for (int j = 0; j < 8; ++j) {
+      // In a statement of its own: g++ 12's undefined-behaviour sanitizer miscompiles both shifts in one.
+      const uint32_t bits = (quads[j] >> kLowBits) & bytes_of(1);
+      word |= bits << j;
+    }
     store_u32(chunk + planes.codes1 + 64 * group + 4 * row, word);
   }
 }
