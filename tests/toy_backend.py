@@ -7,6 +7,7 @@ shared while being written, or a table entry that is wrong changes the logits, a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -29,6 +30,9 @@ class ToyBackend:
         self.poisoned: set[int] = set()
         """Token ids whose rows give NaN."""
         self.fails: Exception | None = None
+        self.gate = threading.Event()
+        """While clear, a step waits before it runs."""
+        self.gate.set()
 
     def scratch_bytes(self) -> int:
         return 0
@@ -45,6 +49,7 @@ class ToyBackend:
     def run(
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)
     ) -> Mapping[str, Float32]:
+        self.gate.wait()
         if self.fails is not None:
             raise self.fails
         assert plan.tokens <= self.limits.tokens

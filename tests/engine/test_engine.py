@@ -85,10 +85,11 @@ def test_an_idle_engine_sleeps(running: tuple[Engine, ToyBackend]) -> None:
 
 def test_a_step_that_throws_reaches_every_caller(running: tuple[Engine, ToyBackend]) -> None:
     engine, backend = running
+    backend.gate.clear()  # both requests are there when the step fails
     first = engine.submit([request(engine, [1], tokens=300)])
-    first.next_event()
-    backend.fails = MemoryError("no room for the step")
     second = engine.submit([request(engine, [2])])
+    backend.fails = MemoryError("no room for the step")
+    backend.gate.set()
     for stream in (first, second):
         with pytest.raises(EngineDeadError, match="MemoryError: no room for the step"):
             until_finished(stream)
