@@ -52,8 +52,6 @@ def test_a_refused_request_hears_of_it(running: tuple[Engine, ToyBackend]) -> No
 def test_a_cancelled_request_stops_within_one_step(running: tuple[Engine, ToyBackend]) -> None:
     engine, backend = running
     message = request(engine, [1, 2, 3], tokens=300)
-    stream = engine.submit([message])
-    stream.next_event()
     in_step, go_on = threading.Event(), threading.Event()
     plain_run = backend.run
 
@@ -63,6 +61,7 @@ def test_a_cancelled_request_stops_within_one_step(running: tuple[Engine, ToyBac
         return plain_run(*arguments, **named)  # type: ignore[arg-type]
 
     backend.run = held_run  # type: ignore[assignment,method-assign]
+    stream = engine.submit([message])
     assert in_step.wait(10)  # a step runs: the message comes too late for this one
     engine.cancel(message.request_id)
     steps = engine.statistics.steps
