@@ -167,13 +167,24 @@ void ThreadPool::pin_workers() {
   const char* wish = std::getenv("TOKENMILL_PIN");
   const std::vector<int> cpus = affinity();
   if ((wish != nullptr && std::string_view(wish) == "0") || size_ < 2 || cpus.size() != static_cast<size_t>(size_)) return;
+  free_cpu_ = cpus[0];
+  worker_cpus_.assign(cpus.begin() + 1, cpus.end());
   pinned_ = true;
-  for (size_t i = 0; i < workers_.size(); ++i) {
-    cpu_set_t mask;
-    CPU_ZERO(&mask);
-    CPU_SET(cpus[i + 1], &mask);
-    pinned_ = pthread_setaffinity_np(workers_[i].native_handle(), sizeof(mask), &mask) == 0 && pinned_;
-  }
+  for (size_t i = 0; i < workers_.size(); ++i) pinned_ = pin(i) && pinned_;
+}
+
+bool ThreadPool::pin(size_t worker) {
+  cpu_set_t mask;
+  CPU_ZERO(&mask);
+  CPU_SET(worker_cpus_[worker], &mask);
+  return pthread_setaffinity_np(workers_[worker].native_handle(), sizeof(mask), &mask) == 0;
+}
+
+void ThreadPool::make_way(int cpu) {
+  const auto taken = std::find(worker_cpus_.begin(), worker_cpus_.end(), cpu);
+  if (taken == worker_cpus_.end()) return;  // the caller has left the CPUs that the pool knows
+  std::swap(*taken, free_cpu_);
+  pinned_ = pin(static_cast<size_t>(taken - worker_cpus_.begin())) && pinned_;
 }
 
 void ThreadPool::run_raw(RawJob job, const void* context) {
@@ -181,6 +192,9 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
   if (size_ == 1 || forks.load(std::memory_order_relaxed) != birth_) {
     job(context, 0, 1);
     return;
+  }
+  if (pinned_) {
+    if (const int cpu = sched_getcpu(); cpu != free_cpu_) make_way(cpu);
   }
   job_ = job;
   context_ = context;

@@ -8,8 +8,9 @@
 // running, delays nobody; the caller waits only for shares that are being worked on.
 //
 // Pinning: if the affinity mask holds exactly as many CPUs as the pool has threads, each worker is bound to one of
-// them, and the calling thread finds the one left free; TOKENMILL_PIN=0 forbids it. The calling thread is never bound:
-// it is the application's.
+// them; TOKENMILL_PIN=0 forbids it. The calling thread is never bound: it is the application's. Where it is found on a
+// worker's CPU, that worker moves to the one left free: the kernel does not move a running thread away from a worker
+// that mostly sleeps, and the pool would run on one CPU for good.
 //
 // After fork() the child's copy of a pool has no workers. It stays usable: every job then runs on the caller alone,
 // as job(0, 1).
@@ -63,9 +64,13 @@ class ThreadPool {
   void run_raw(RawJob job, const void* context);
   void worker(int index);
   void pin_workers();
+  bool pin(size_t worker);  // to its CPU; false if the system refuses
+  void make_way(int cpu);   // the caller runs on it
 
   int size_;
   bool pinned_ = false;
+  int free_cpu_ = -1;             // of a pinned pool: the one CPU without a worker
+  std::vector<int> worker_cpus_;  // likewise, by worker
   const int birth_;  // forks of this process's ancestors when the pool was made
   RawJob job_ = nullptr;
   const void* context_ = nullptr;

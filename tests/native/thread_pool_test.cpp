@@ -1,4 +1,6 @@
 // The thread pool without kernels: every share of every fork runs exactly once, whether workers spin, sleep or are late.
+#include <sched.h>
+
 #include <chrono>
 #include <thread>
 
@@ -22,6 +24,34 @@ void forks(Checks& checks, int threads, int count, std::chrono::microseconds pau
   checks.expect(complete, std::to_string(count) + " forks of " + std::to_string(threads) + " threads");
 }
 
+// A caller that the kernel has put on a worker's CPU must not stay alone there: the worker makes way.
+void avoids_the_caller(Checks& checks) {
+  ThreadPool pool(0);
+  if (!pool.pinned()) return;  // one CPU, a quota or TOKENMILL_PIN=0
+  cpu_set_t all;
+  sched_getaffinity(0, sizeof(all), &all);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &all)) continue;
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    sched_setaffinity(0, sizeof(one), &one);
+    bool elsewhere = false;
+    for (int fork = 0; fork < 500 && !elsewhere; ++fork) {
+      std::vector<int> seen(static_cast<size_t>(pool.size()));
+      pool.run([&](int index, int) {
+        seen[static_cast<size_t>(index)] = sched_getcpu();
+        const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(300);
+        while (index == 0 && std::chrono::steady_clock::now() < end) {
+        }
+      });
+      for (int seen_cpu : seen) elsewhere = elsewhere || seen_cpu != cpu;
+    }
+    checks.expect(elsewhere, "workers run beside a caller on CPU " + std::to_string(cpu));
+  }
+  sched_setaffinity(0, sizeof(all), &all);
+}
+
 }  // namespace
 
 int main() {
@@ -33,5 +63,6 @@ int main() {
   }
   for (int i = 0; i < 50; ++i) ThreadPool unused(3);  // made and destroyed without a fork
   checks.expect(true, "");
+  avoids_the_caller(checks);
   return checks.finish();
 }
