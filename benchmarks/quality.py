@@ -39,7 +39,6 @@ from tokenmill.tokenizer import load_tokenizer
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.packing import load_weights
 
-WINDOW = 128
 ROWS = 64
 
 
@@ -49,15 +48,15 @@ def real_text() -> str:
     import json.decoder as more_code
     import pydoc_data.topics as prose
 
-    parts = [Path(code.__file__).read_text()[:6000], Path(more_code.__file__).read_text()[:4000]]
+    parts = [Path(code.__file__).read_text()[:16000], Path(more_code.__file__).read_text()[:8000]]
     topics = [prose.topics[name] for name in sorted(prose.topics)]
-    parts.append("\n\n".join(topics)[20000:32000])
+    parts.append("\n\n".join(topics)[20000:48000])
     return "\n\n".join(parts)
 
 
 def all_logits(backend: Backend, cut: list[list[int]]) -> Iterator[np.ndarray]:
-    for window in cut:
-        for _, rows in logits_by_position(backend, window):
+    for tokens in cut:
+        for _, rows in logits_by_position(backend, tokens):
             yield rows
 
 
@@ -73,7 +72,7 @@ def divergence(reference: np.ndarray, rows: Iterator[np.ndarray]) -> tuple[np.nd
     return np.concatenate(kl), np.concatenate(same)
 
 
-def measure(name: str, tokens: int, peer: str | None, threads: int, *, shares: bool) -> dict[str, object]:
+def measure(name: str, tokens: int, peer: str | None, threads: int, window: int, *, shares: bool) -> dict[str, object]:
     checkpoint = open_checkpoint(resolve(name))
     shapes = {info.name: info.shape for info in checkpoint.tensors.values()}
     bound = bind(checkpoint.metadata, checkpoint.kind, shapes)
@@ -83,9 +82,9 @@ def measure(name: str, tokens: int, peer: str | None, threads: int, *, shares: b
     bos = tokenizer.encode(
         "", add_special=True
     )  # only where the model wants one: to others it is a token like no other
-    cut = windows(ids[: tokens + WINDOW], WINDOW, bos[0] if bos else None)[: -(-tokens // WINDOW)]
-    limits = StepLimits(tokens=ROWS, sequences=1, sampled=ROWS, context=WINDOW)
-    pages = [WINDOW // PAGE_TOKENS] * len(bound.program.kv_groups)
+    cut = windows(ids[: tokens + window], window, bos[0] if bos else None)[: -(-tokens // window)]
+    limits = StepLimits(tokens=ROWS, sequences=1, sampled=ROWS, context=window)
+    pages = [window // PAGE_TOKENS] * len(bound.program.kv_groups)
     weights = load_weights(checkpoint, bound)
     formats = {name: weights.matrix(name).format for name, shape in bound.program.weights.items() if len(shape) == 2}
     total = sum(map(len, cut))
@@ -126,7 +125,7 @@ def measure(name: str, tokens: int, peer: str | None, threads: int, *, shares: b
             )
             return kl
 
-        print(f"{name}: {total} tokens in windows of {WINDOW}", flush=True)
+        print(f"{name}: {total} tokens in windows of {window}", flush=True)
         native = against_reference(
             "native",
             lambda: NativeBackend(bound.program.with_kv_element(KvElement.F16), weights, limits, pages, threads),
@@ -148,7 +147,7 @@ def measure(name: str, tokens: int, peer: str | None, threads: int, *, shares: b
             rows = np.memmap(out_file, np.float32, "r", shape=reference.shape)
             kl, same = divergence(reference, iter([rows]))
             print(f"  {'llama.cpp':28s} {summarize(kl, same)}", flush=True)
-            ratio, lower, upper = ratio_interval(native, kl, block=WINDOW)
+            ratio, lower, upper = ratio_interval(native, kl, block=window)
             report["ratio to llama.cpp"] = {"ratio": ratio, "lower": lower, "upper": upper}
             print(f"  native / llama.cpp           {ratio:.3f}  (95 % interval {lower:.3f} to {upper:.3f})", flush=True)
     weights.close()
@@ -160,13 +159,21 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     parser.add_argument("--llama-cpp-python", help="python of a virtual environment with llama-cpp-python")
     parser.add_argument("--tokens", type=int, default=2000)
+    parser.add_argument("--window", type=int, default=128, help="tokens a window; the interval is drawn over windows")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--no-shares", action="store_true", help="skip what activations and KV cost alone (slow)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     threads = arguments.threads or len(__import__("os").sched_getaffinity(0))
     reports = [
-        measure(name, arguments.tokens, arguments.llama_cpp_python, threads, shares=not arguments.no_shares)
+        measure(
+            name,
+            arguments.tokens,
+            arguments.llama_cpp_python,
+            threads,
+            arguments.window,
+            shares=not arguments.no_shares,
+        )
         for name in arguments.models
     ]
     if arguments.json:
