@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <new>
 #include <optional>
@@ -105,7 +106,8 @@ nb::tuple quantize_rows(const Matrix& x, int format) {
     ThreadPool(1).run([&](int, int) { linear_kernels().quantize_row(x.data() + i * k, static_cast<int32_t>(k), activation, row.get()); });
     std::memcpy(codes.get() + i * k, row.get(), k);
     std::memcpy(scales.get() + i * groups, row.get() + layout.scales, groups * 4);
-    std::memcpy(sums.get() + i * sum_count, row.get() + layout.sums, sum_count * 4);
+    const auto* negative_sums = reinterpret_cast<const int32_t*>(row.get() + layout.negative_sums);
+    std::transform(negative_sums, negative_sums + sum_count, sums.get() + i * sum_count, std::negate<>());
   }
   return nb::make_tuple(to_numpy(std::move(codes), {m, k}), to_numpy(std::move(scales), {m, groups}),
                         to_numpy(std::move(sums), {m, sum_count}));

@@ -6,9 +6,11 @@ namespace tokenmill {
 namespace {
 
 // Threads take chunks of row blocks; a few chunks each, so that one preempted thread does not hold up the others for
-// long, and not too small, so that the weights remain long streams.
+// long, and not too small, so that the weights remain long streams. Whole register tiles of every path (one or three row
+// blocks), or the last tile of each chunk would compute row blocks that are not there.
 constexpr int32_t kChunksPerThread = 4;
-constexpr int32_t kMostBlocksPerChunk = 64;
+constexpr int32_t kBlocksPerTile = 3;
+constexpr int32_t kMostBlocksPerChunk = 20 * kBlocksPerTile;
 constexpr int32_t kSerialBlocks = 2;
 
 int32_t row_blocks(const LinearPart& part) { return (part.weight.n + kBlockRows - 1) / kBlockRows; }
@@ -48,7 +50,8 @@ void LinearGroupOp::run(const StepContext& context) const {
     }
     return;
   }
-  const int32_t chunk = std::clamp(blocks / (context.pool.size() * kChunksPerThread), 1, kMostBlocksPerChunk);
+  const int32_t wanted = blocks / (context.pool.size() * kChunksPerThread);
+  const int32_t chunk = std::clamp((wanted + kBlocksPerTile - 1) / kBlocksPerTile * kBlocksPerTile, kBlocksPerTile, kMostBlocksPerChunk);
   std::atomic<int32_t> next{0};
   context.pool.run([&](int index, int) {
     int32_t mine = next.fetch_add(1, std::memory_order_relaxed);

@@ -58,7 +58,7 @@ struct ChunkLayout {
   uint8_t code_bits;       // 4, 5, 6, 8, 2 or 3
   ScaleCoding scales;
   bool has_minimum;
-  int16_t code_offset;     // subtracted from the unsigned code
+  int16_t code_offset;     // subtracted from the unsigned code: 0 or a power of two
   uint8_t scale_columns;   // columns that share one scale: 32 or 16
 
   constexpr bool super_block() const { return scales != ScaleCoding::kNone; }
@@ -111,14 +111,14 @@ TM_LAYOUT_INLINE ChunkPlanes chunk_planes(ChunkLayout layout, int groups) {
 }
 
 // Where the parts of an activation row of k values begin, in bytes; each part is aligned to 64.
-//   codes        int8 [k], zero up to the part's end
-//   scales       fp32 [groups]
-//   sums         int32, of codes: [k/32] (kInt8Group32) or [k/16] (kInt8Group256)
-//   scaled_sums  kInt8Group32: fp32 [k/32], sum * scale
-//   pairs16      kInt8Group256: int16 [k/16], the sums again
-//   pairs32      kInt8Group256: int16 [k/32], sums of 32 codes
+//   codes          int8 [k], zero up to the part's end
+//   scales         fp32 [groups]
+//   negative_sums  int32, -(sum of codes): [k/32] (kInt8Group32) or [k/16] (kInt8Group256)
+//   scaled_sums    kInt8Group32: fp32 [k/32], sum * scale
+//   pairs16        kInt8Group256: int16 [k/16], sums of 16 codes
+//   pairs32        kInt8Group256: int16 [k/32], sums of 32 codes
 struct ActivationLayout {
-  size_t scales, sums, scaled_sums, pairs16, pairs32, bytes;
+  size_t scales, negative_sums, scaled_sums, pairs16, pairs32, bytes;
 };
 
 TM_LAYOUT_INLINE size_t round_up_64(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -133,12 +133,12 @@ TM_LAYOUT_INLINE ActivationLayout activation_layout(ActivationFormat format, int
   layout.scales = round_up_64(columns);
   if (format == ActivationFormat::kInt8Group32) {
     const size_t part = round_up_64((columns + 31) / 32 * 4);
-    layout.sums = layout.scales + part;
-    layout.scaled_sums = layout.sums + part;
+    layout.negative_sums = layout.scales + part;
+    layout.scaled_sums = layout.negative_sums + part;
     layout.bytes = layout.scaled_sums + part;
   } else {
-    layout.sums = layout.scales + round_up_64((columns + 255) / 256 * 4);
-    layout.pairs16 = layout.sums + round_up_64((columns + 15) / 16 * 4);
+    layout.negative_sums = layout.scales + round_up_64((columns + 255) / 256 * 4);
+    layout.pairs16 = layout.negative_sums + round_up_64((columns + 15) / 16 * 4);
     layout.pairs32 = layout.pairs16 + round_up_64((columns + 15) / 16 * 2);
     layout.bytes = layout.pairs32 + round_up_64((columns + 31) / 32 * 2);
   }

@@ -94,4 +94,13 @@ void set_active_isa(Isa isa) {
   active_slot().store(static_cast<int>(isa), std::memory_order_release);
 }
 
+bool prefers_burst_prefetch() {
+#if defined(__x86_64__)
+  static const bool amd = __builtin_cpu_is("amd");
+  return amd;
+#else
+  return false;
+#endif
+}
+
 }  // namespace tokenmill

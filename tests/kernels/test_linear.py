@@ -170,14 +170,14 @@ def emulate(weight: Weight, x: F32, segment: int = SEGMENT, descending: bool = F
             for g in range(scales.shape[-1]):
                 inner = slice(block * 256 + g * step, block * 256 + (g + 1) * step)
                 dot = a[:, inner].astype(np.int64) @ codes[:, inner].T
-                p = fma(dot.astype(np.float32), scales[:, block, g][None, :], p)
+                p = fma(dot.astype(np.float32), (d[:, block] * scales[:, block, g])[None, :], p)
                 if minimums is not None:
                     minimum_sum += (
                         a[:, inner].sum(-1, dtype=np.int64)[:, None] * minimums[:, block, g].astype(np.int64)[None, :]
                     )
-            acc = fma(p, d[None, :, block] * scale, acc)
             if dmin is not None:
-                acc = fma(minimum_sum.astype(np.float32), -dmin[None, :, block] * scale, acc)
+                p = fma(minimum_sum.astype(np.float32), -dmin[None, :, block], p)
+            acc = fma(p, scale, acc)
         else:
             dot = (a[:, part].astype(np.int64) @ codes[:, part].T).astype(np.float32)
             acc = fma(dot * scale, d[None, :, block], acc)

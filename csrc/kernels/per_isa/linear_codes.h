@@ -7,10 +7,9 @@ namespace tokenmill::TM_ISA {
 
 // The scales of one chunk of one row block, expanded; lanes are the 16 rows.
 struct alignas(64) ChunkScales {
-  float scale[16][16];           // of each scale group; groups of 32: fp16 scale, super-blocks: the whole number
-  float minimum[8][16];          // groups of 32 only
+  float scale[16][16];   // of each scale group; super-blocks: d * the whole number, which is exact
+  float minimum[8][16];  // groups of 32 only
   int32_t minimum_pairs[8][16];  // super-blocks: minimums of scale groups 2i and 2i + 1 as two int16
-  float d[16];                   // super-blocks only
   float negative_dmin[16];
 };
 
@@ -22,12 +21,21 @@ struct PackedCodes {
   static constexpr ChunkLayout kLayout = chunk_layout(kFormat);
   static constexpr int kBits = kLayout.code_bits;
 
+  static constexpr int kChunkBytes = chunk_planes(kLayout, kChunkColumns / kGroupColumns).bytes;
+
   const uint8_t* chunk;
   ChunkPlanes planes;
+  bool prefetch_ahead;  // see begin_group
 
-  TM_INLINE PackedCodes(const uint8_t* data, int groups) : chunk(data), planes(chunk_planes(kLayout, groups)) {}
+  TM_INLINE PackedCodes(const uint8_t* data, int groups, bool prefetch = false)
+      : chunk(data), planes(chunk_planes(kLayout, groups)), prefetch_ahead(prefetch) {}
 
-  static TM_INLINE constexpr int offset() { return kLayout.code_offset; }
+  // Prefetches one group's share of the chunk after the next one.
+  TM_INLINE void begin_group(int group) const {
+    if (!prefetch_ahead) return;
+    constexpr int kShare = (kChunkBytes / 64 + 7) / 8 * 64;
+    prefetch_lines<kShare>(chunk, static_cast<size_t>(2 * kChunkBytes + kShare * group));
+  }
 
   // Unsigned codes of quad j of a group; the number that they stand for is code - offset().
   template <int j>
@@ -62,8 +70,8 @@ struct PackedCodes {
         for (int g = 0; g < groups; ++g) store(out.minimum[g], load_f16(halves(planes.m) + 16 * g));
       }
     } else {
-      expand_integer_scales(out);
-      store(out.d, load_f16(halves(planes.d)));
+      const F32x16 d = load_f16(halves(planes.d));
+      expand_integer_scales(d, out);
       if constexpr (kLayout.has_minimum) store(out.negative_dmin, sub(set1(-0.0f), load_f16(halves(planes.m))));
     }
   }
@@ -88,7 +96,7 @@ struct PackedCodes {
 
   TM_INLINE const uint16_t* halves(int at) const { return reinterpret_cast<const uint16_t*>(chunk + at); }
 
-  TM_INLINE void expand_integer_scales(ChunkScales& out) const {
+  TM_INLINE void expand_integer_scales(F32x16 d, ChunkScales& out) const {
     constexpr int kScales = kChunkColumns / kLayout.scale_columns;
     const uint8_t* packed = chunk + planes.scales;
     alignas(64) uint8_t codes[512];  // scales, then minimums
@@ -108,13 +116,14 @@ struct PackedCodes {
       }
     }
     for (int g = 0; g < kScales; ++g) {
+      I32x16 scale;
       if constexpr (kLayout.scales == ScaleCoding::kInt8) {
-        store(out.scale[g], to_f32(load_i8_as_i32(reinterpret_cast<const int8_t*>(packed) + 16 * g)));
+        scale = load_i8_as_i32(reinterpret_cast<const int8_t*>(packed) + 16 * g);
       } else {
-        I32x16 scale = load_u8_as_i32(codes + 16 * g);
+        scale = load_u8_as_i32(codes + 16 * g);
         if constexpr (kFormat == WeightFormat::kQ3K) scale = sub(scale, set1_i32(32));
-        store(out.scale[g], to_f32(scale));
       }
+      store(out.scale[g], mul(d, to_f32(scale)));
     }
     if constexpr (kLayout.has_minimum) {
       for (int i = 0; i < kScales / 2; ++i) store(out.minimum_pairs[i], load_u8_as_i16_pairs(codes + 16 * kScales + 32 * i));

@@ -3,10 +3,12 @@
 // columns, so both give the same bits.
 //
 // A Format provides kChunkBytes, kRestartColumns, chunk_bytes(columns), activations(arguments, row, column),
-// multiply_packed<rows>, unpack and a Kind; a Kind provides Tile, Activations and multiply_tile<rows>.
+// multiply_packed<rows>, unpack and a Kind; a Kind provides Tile, kTileColumns, Activations and
+// multiply_tile<rows>.
 #pragma once
 
 #include "kernels/per_isa/linear_shapes.h"
+#include "platform/isa.h"
 
 namespace tokenmill::TM_ISA {
 
@@ -18,18 +20,10 @@ TM_INLINE void store_outputs(const LinearArguments& arguments, int32_t block, in
   store_first(arguments.y + row * arguments.y_stride + column, y, lanes);
 }
 
-// All lines of a chunk at once, two chunks before they are read: measured 95-98 % of the read bandwidth, against 65-70 %
-// without and 80-86 % when spread over the loop. The address may lie past the end; a prefetch does not fault.
-template <int kBytes>
-TM_INLINE void prefetch_lines(const uint8_t* p, size_t ahead) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + ahead;
-#pragma GCC unroll 80
-  for (int line = 0; line < kBytes; line += 64) prefetch(reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(line)));
-}
-
-// One row block times kRows rows.
+// One row block times kRows rows. The packed stream is prefetched two chunks ahead, all lines of a chunk in one burst or
+// a share with every group of columns, whichever this processor likes better (platform/isa.h).
 template <class Format, int kRows>
-__attribute__((noinline)) void multiply_direct(const LinearArguments& arguments, int32_t block, int32_t row) {
+__attribute__((noinline)) void multiply_direct(const LinearArguments& arguments, int32_t block, int32_t row, bool bursts) {
   const int32_t k = arguments.weight.k;
   const uint8_t* chunk = arguments.weight.data + static_cast<size_t>(block) * row_block_bytes(arguments.weight.format, k);
   F32x16 total[kRows], acc[kRows][1];
@@ -39,8 +33,8 @@ __attribute__((noinline)) void multiply_direct(const LinearArguments& arguments,
   }
   for (int32_t column = 0; column < k;) {
     const int columns = k - column < kChunkColumns ? k - column : kChunkColumns;
-    prefetch_lines<Format::kChunkBytes>(chunk, 2 * Format::kChunkBytes);
-    Format::template multiply_packed<kRows>(chunk, columns, Format::activations(arguments, row, column), acc);
+    if (bursts) prefetch_lines<Format::kChunkBytes>(chunk, 2 * Format::kChunkBytes);
+    Format::template multiply_packed<kRows>(chunk, columns, Format::activations(arguments, row, column), !bursts, acc);
     chunk += Format::chunk_bytes(columns);
     column += columns;
     if (column % Format::kRestartColumns == 0 || column == k) {
@@ -55,10 +49,10 @@ __attribute__((noinline)) void multiply_direct(const LinearArguments& arguments,
 
 // `rows` rows from `row`, the largest kernel first.
 template <class Format, int... kSizes>
-TM_INLINE void multiply_direct_rows(Indices<kSizes...>, const LinearArguments& arguments, int32_t block, int32_t rows) {
+TM_INLINE void multiply_direct_rows(Indices<kSizes...>, const LinearArguments& arguments, int32_t block, int32_t rows, bool bursts) {
   int32_t row = 0;
   const auto while_they_fit = [&](auto size) TM_UNROLLED {
-    for (; rows - row >= size; row += size) multiply_direct<Format, decltype(size)::value>(arguments, block, row);
+    for (; rows - row >= size; row += size) multiply_direct<Format, decltype(size)::value>(arguments, block, row, bursts);
   };
   (while_they_fit(Index<kSizes>{}), ...);
 }
@@ -72,29 +66,66 @@ struct TileScratch {
   typename Format::Kind::Tile tile;
 };
 
+// The columns of a tile times up to kSweepRows rows and kTileBlocks row blocks: where it stands on its way along K.
+struct Sweep {
+  const LinearArguments& arguments;
+  int32_t block, row;  // the first of each
+  int blocks, rows;
+  TileRow* acc;    // of the segment's chunks so far
+  TileRow* total;  // of the segments so far
+  bool begins_segment, ends_segment, first_segment, last_segment;
+  // The packed chunk of each row block that comes after this one is prefetched along the way, `next_lines` of each with
+  // every register tile: all at once they would fill the line buffers and hold up the loads that are needed now.
+  const uint8_t* next;
+  size_t next_stride;
+  int next_lines;
+};
+
+__attribute__((noinline)) inline void write_outputs(const Sweep& sweep, int m, int rows) {
+  for (int i = m; i < m + rows; ++i) {
+    for (int n = 0; n < sweep.blocks; ++n) store_outputs(sweep.arguments, sweep.block + n, sweep.row + i, load(sweep.acc[i][n]));
+  }
+}
+
 // kRows rows times the row blocks of a tile, one chunk.
 template <class Kind, int kRows>
-TM_INLINE void multiply_panel(const typename Kind::Tile& tile, int columns, const typename Kind::Activations& x, TileRow* rows) {
+TM_INLINE void multiply_panel(const typename Kind::Tile& tile, int columns, const typename Kind::Activations& x, const Sweep& sweep, int row) {
+  TileRow* rows = sweep.acc + row;
   F32x16 acc[kRows][kTileBlocks];
   TM_UNROLL for (int m = 0; m < kRows; ++m) {
-    TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = load(rows[m][n]);
+    TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = sweep.begins_segment ? zero_f32() : load(rows[m][n]);
   }
   Kind::template multiply_tile<kRows>(tile, columns, x, acc);
+  if (sweep.ends_segment) {
+    TileRow* total = sweep.total + row;
+    TM_UNROLL for (int m = 0; m < kRows; ++m) {
+      TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) {
+        acc[m][n] = add(sweep.first_segment ? zero_f32() : load(total[m][n]), acc[m][n]);
+      }
+    }
+    if (!sweep.last_segment) rows = total;
+  }
   TM_UNROLL for (int m = 0; m < kRows; ++m) {
     TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) store(rows[m][n], acc[m][n]);
   }
+  if (sweep.ends_segment && sweep.last_segment) write_outputs(sweep, row, kRows);
 }
 
 // A tile times all rows of a sweep. One instance per kind of format, not per format.
 template <class Kind>
-__attribute__((noinline)) void sweep_tile(const typename Kind::Tile& tile, int columns, typename Kind::Activations x, int rows,
-                                          TileRow* acc) {
+__attribute__((noinline)) void sweep_tile(const typename Kind::Tile& tile, int columns, typename Kind::Activations x, Sweep& sweep) {
   int m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows) multiply_panel<Kind, kTileRows>(tile, columns, x.from_row(m), acc + m);
+  for (; m + kTileRows <= sweep.rows; m += kTileRows) {
+    for (int n = 0; n < sweep.blocks; ++n) {
+      for (int line = 0; line < sweep.next_lines; ++line) prefetch(sweep.next + static_cast<size_t>(n) * sweep.next_stride + 64 * line);
+    }
+    sweep.next += 64 * sweep.next_lines;
+    multiply_panel<Kind, kTileRows>(tile, columns, x.from_row(m), sweep, m);
+  }
   unroll<kTileRows - 1>([&](auto i) TM_UNROLLED {
     constexpr int kRows = kTileRows - 1 - decltype(i)::value;
-    if (rows - m == kRows) {
-      multiply_panel<Kind, kRows>(tile, columns, x.from_row(m), acc + m);
+    if (sweep.rows - m == kRows) {
+      multiply_panel<Kind, kRows>(tile, columns, x.from_row(m), sweep, m);
       m += kRows;
     }
   });
@@ -103,39 +134,35 @@ __attribute__((noinline)) void sweep_tile(const typename Kind::Tile& tile, int c
 // Up to kTileBlocks row blocks times up to kSweepRows rows.
 template <class Format>
 void multiply_tiles(const LinearArguments& arguments, int32_t block, int blocks, int32_t row, int rows, TileScratch<Format>& scratch) {
+  constexpr int kTileColumns = Format::Kind::kTileColumns, kTileBytes = Format::kChunkBytes / (kChunkColumns / kTileColumns);
   const int32_t k = arguments.weight.k;
   const size_t block_bytes = row_block_bytes(arguments.weight.format, k);
   const uint8_t* chunk = arguments.weight.data + static_cast<size_t>(block) * block_bytes;
-  const size_t sweep_bytes = sizeof(TileRow) * static_cast<size_t>(rows);
-  memset(scratch.acc, 0, sweep_bytes);
-  memset(scratch.total, 0, sweep_bytes);
+  const int panels = (rows + kTileRows - 1) / kTileRows;
+  Sweep sweep{arguments, block, row, blocks, rows, scratch.acc, scratch.total, true, false, true, false, nullptr, block_bytes, 0};
   for (int32_t column = 0; column < k;) {
-    const int columns = k - column < kChunkColumns ? k - column : kChunkColumns;
-    for (int n = 0; n < blocks; ++n) {
-      const uint8_t* packed = chunk + static_cast<size_t>(n) * block_bytes;
-      Format::unpack(packed, columns, scratch.tile, n);
-      prefetch_lines<Format::kChunkBytes>(packed, Format::kChunkBytes);
-    }
-    sweep_tile<typename Format::Kind>(scratch.tile, columns, Format::activations(arguments, row, column), rows, scratch.acc);
+    const int columns = k - column < kTileColumns ? k - column : kTileColumns;
+    for (int n = 0; n < blocks; ++n) Format::unpack(chunk + static_cast<size_t>(n) * block_bytes, columns, scratch.tile, n);
+    const auto x = Format::activations(arguments, row, column);
     chunk += Format::chunk_bytes(columns);
     column += columns;
-    if (column % Format::kRestartColumns == 0 || column == k) {
-      for (int m = 0; m < rows; ++m) {
-        for (int n = 0; n < kTileBlocks; ++n) store(scratch.total[m][n], add(load(scratch.total[m][n]), load(scratch.acc[m][n])));
-      }
-      memset(scratch.acc, 0, sweep_bytes);
-    }
-  }
-  for (int m = 0; m < rows; ++m) {
-    for (int n = 0; n < blocks; ++n) store_outputs(arguments, block + n, row + m, load(scratch.total[m][n]));
+    sweep.ends_segment = column % Format::kRestartColumns == 0 || column == k;
+    sweep.last_segment = column == k;
+    // After the last chunk come the first ones of the next row blocks.
+    sweep.next = column < k ? chunk : chunk + static_cast<size_t>(blocks - 1) * block_bytes;
+    sweep.next_lines = (kTileBytes / 64 + panels - 1) / panels;
+    sweep_tile<typename Format::Kind>(scratch.tile, columns, x, sweep);
+    sweep.begins_segment = sweep.ends_segment;
+    if (sweep.ends_segment) sweep.first_segment = false;
   }
 }
 
 template <class Format>
 void multiply_blocks(const LinearArguments& arguments, int32_t block_begin, int32_t block_end, uint8_t* scratch) {
   if (arguments.rows <= kDirectRows) {
+    const bool bursts = prefers_burst_prefetch();
     for (int32_t block = block_begin; block < block_end; ++block) {
-      multiply_direct_rows<Format>(DirectRows{}, arguments, block, arguments.rows);
+      multiply_direct_rows<Format>(DirectRows{}, arguments, block, arguments.rows, bursts);
     }
     return;
   }

@@ -15,8 +15,9 @@ struct ElementActivations {
 };
 
 struct ElementKind {
+  static constexpr int kTileColumns = 64;  // so that a tile stays in the first-level cache
   struct Tile {
-    alignas(64) float w[kChunkColumns][kTileBlocks][16];
+    alignas(64) float w[kTileColumns][kTileBlocks][16];
   };
   using Activations = ElementActivations;
 
@@ -73,8 +74,10 @@ struct ElementFormat {
   }
 
   template <int kRows>
-  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ElementActivations& x, F32x16 (&acc)[kRows][1]) {
+  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ElementActivations& x, bool prefetch_ahead, F32x16 (&acc)[kRows][1]) {
+    constexpr int kLineColumns = 64 / kColumnBytes;
     for_each_column(chunk, columns, [&](int k, F32x16 w) TM_UNROLLED {
+      if (k % kLineColumns == 0 && prefetch_ahead) prefetch_lines<64>(chunk, static_cast<size_t>(2 * kChunkBytes + kColumnBytes * k));
       TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][0] = fma(w, x.at(m, k), acc[m][0]);
     });
   }

@@ -21,35 +21,39 @@ TM_INLINE float load_f32(const uint8_t* p) {
 struct ChunkActivations {
   const uint8_t* codes;
   const uint8_t* scales;
-  const uint8_t* sums;
+  const uint8_t* negative_sums;
   const uint8_t* scaled_sums;
   const uint8_t* pairs;
   size_t stride;
 
   TM_INLINE int32_t quad(int row, int group, int j) const { return load_i32(codes + static_cast<size_t>(row) * stride + 32 * group + 4 * j); }
   TM_INLINE F32x16 scale(int row, int group) const { return set1(load_f32(scales + static_cast<size_t>(row) * stride + 4 * group)); }
-  TM_INLINE int32_t sum(int row, int index) const { return load_i32(sums + static_cast<size_t>(row) * stride + 4 * index); }
+  TM_INLINE int32_t negative_sum(int row, int index) const { return load_i32(negative_sums + static_cast<size_t>(row) * stride + 4 * index); }
   TM_INLINE F32x16 scaled_sum(int row, int group) const { return set1(load_f32(scaled_sums + static_cast<size_t>(row) * stride + 4 * group)); }
   TM_INLINE int32_t pair(int row, int index) const { return load_i32(pairs + static_cast<size_t>(row) * stride + 4 * index); }
 
   TM_INLINE ChunkActivations from_row(int row) const {
     const size_t skip = static_cast<size_t>(row) * stride;
-    return {codes + skip, scales + skip, sums + skip, scaled_sums + skip, pairs + skip, stride};
+    return {codes + skip, scales + skip, negative_sums + skip, scaled_sums + skip, pairs + skip, stride};
   }
 };
 
-// What decides the arithmetic of a format; formats of one kind share the many-row kernel.
-template <bool kSuperBlock, int kScaleColumns, bool kHasMinimum, int kDotBits>
+constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2); }
+
+// What decides the arithmetic of a format; formats of one kind share the many-row kernel. Either codes have an offset, a
+// power of two, or the format has a minimum (kOffset = 0).
+template <bool kSuperBlock, int kScaleColumns, int kOffset, int kDotBits>
 struct IntegerKind {
+  static constexpr bool kHasMinimum = kOffset == 0;
+  static constexpr int kTileColumns = kChunkColumns;
   // Codes of `kTileBlocks` row blocks, unpacked, beside their scales.
   struct Tile {
     alignas(64) uint8_t codes[kChunkColumns / 4][kTileBlocks][64];
     ChunkScales scales[kTileBlocks];
-    int code_offset;
 
     template <int j>
     TM_INLINE U8x64 quad(int block, int group) const { return load_u8x64(codes[8 * group + j][block]); }
-    TM_INLINE int offset() const { return code_offset; }
+    TM_INLINE void begin_group(int) const {}
   };
 
   using Activations = ChunkActivations;
@@ -77,7 +81,7 @@ struct IntegerKind {
                                   I32x16 (&dot)[kRows][kBlocks]) {
     TM_UNROLL for (int m = 0; m < kRows; ++m) {
       I32x16 start = zero_i32();
-      if constexpr (!kHasMinimum) start = set1_i32(-codes.offset() * x.sum(m, sum_index));
+      if constexpr (!kHasMinimum) start = shift_left<log2_of(kOffset)>(set1_i32(x.negative_sum(m, sum_index)));
       TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = start;
     }
     unroll<kEnd - kBegin>([&](auto i) TM_UNROLLED {
@@ -95,6 +99,7 @@ struct IntegerKind {
   static TM_INLINE void multiply_groups(const Codes& codes, const ChunkScales* scales, int groups, const ChunkActivations& x,
                                         F32x16 (&acc)[kRows][kBlocks]) {
     for (int g = 0; g < groups; ++g) {
+      codes.begin_group(g);
       I32x16 dot[kRows][kBlocks];
       dot_quads<kRows, kBlocks, 0, 8>(codes, g, g, x, dot);
       TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
@@ -116,6 +121,7 @@ struct IntegerKind {
       TM_UNROLL for (int n = 0; n < kBlocks; ++n) p[m][n] = zero_f32();
     }
     for (int g = 0; g < kChunkColumns / kGroupColumns; ++g) {
+      codes.begin_group(g);
       if constexpr (kScaleColumns == 32) {
         add_scaled<kRows, kBlocks, 0, 8>(codes, scales, g, g, x, p);
       } else {
@@ -124,8 +130,6 @@ struct IntegerKind {
       }
     }
     TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
-      const F32x16 d = load(scales[n].d);
-      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(p[m][n], mul(d, x.scale(m, 0)), acc[m][n]);
       if constexpr (kHasMinimum) {
         const F32x16 negative_dmin = load(scales[n].negative_dmin);
         TM_UNROLL for (int m = 0; m < kRows; ++m) {
@@ -133,9 +137,10 @@ struct IntegerKind {
           TM_UNROLL for (int i = 0; i < kChunkColumns / kScaleColumns / 2; ++i) {
             sum = dot2(sum, load(scales[n].minimum_pairs[i]), x.pair(m, i));
           }
-          acc[m][n] = fma(to_f32(sum), mul(negative_dmin, x.scale(m, 0)), acc[m][n]);
+          p[m][n] = fma(to_f32(sum), negative_dmin, p[m][n]);
         }
       }
+      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(p[m][n], x.scale(m, 0), acc[m][n]);
     }
   }
 
@@ -156,10 +161,10 @@ template <WeightFormat kFormat>
 struct QuantizedFormat {
   static constexpr ChunkLayout kLayout = chunk_layout(kFormat);
   static constexpr int kRestartColumns = kSegmentColumns;  // accumulators start from zero again
-  static constexpr int kChunkBytes = chunk_planes(kLayout, kChunkColumns / kGroupColumns).bytes;
+  static constexpr int kChunkBytes = PackedCodes<kFormat>::kChunkBytes;
   // IQ4_NL's codes become bytes by its table.
   static constexpr int kDotBits = kLayout.code_bits == 8 || kFormat == WeightFormat::kIq4Nl ? 8 : 6;
-  using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.has_minimum, kDotBits>;
+  using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.code_offset, kDotBits>;
   using Tile = typename Kind::Tile;
 
   static TM_INLINE int chunk_bytes(int columns) {
@@ -178,20 +183,20 @@ struct QuantizedFormat {
     out.stride = arguments.x_stride;
     if constexpr (kLayout.super_block()) {
       out.scales = x + at.scales + column / kChunkColumns * 4;
-      out.sums = x + at.sums + groups * 8;
+      out.negative_sums = x + at.negative_sums + groups * 8;
       out.pairs = kLayout.scale_columns == 32 ? x + at.pairs32 + groups * 2 : x + at.pairs16 + groups * 4;
     } else {
       out.scales = x + at.scales + groups * 4;
-      out.sums = x + at.sums + groups * 4;
+      out.negative_sums = x + at.negative_sums + groups * 4;
       out.scaled_sums = x + at.scaled_sums + groups * 4;
     }
     return out;
   }
 
   template <int kRows>
-  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ChunkActivations& x, F32x16 (&acc)[kRows][1]) {
+  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ChunkActivations& x, bool prefetch, F32x16 (&acc)[kRows][1]) {
     const int groups = kLayout.super_block() ? kChunkColumns / kGroupColumns : columns / kGroupColumns;
-    const PackedCodes<kFormat> codes(chunk, groups);
+    const PackedCodes<kFormat> codes(chunk, groups, prefetch);
     ChunkScales scales;
     codes.expand_scales(groups, scales);
     Kind::template multiply<kRows, 1>(codes, &scales, groups, x, acc);
@@ -201,7 +206,6 @@ struct QuantizedFormat {
     const int groups = columns / kGroupColumns;
     const PackedCodes<kFormat> codes(chunk, groups);
     codes.expand_scales(groups, tile.scales[block]);
-    tile.code_offset = codes.offset();
     for (int g = 0; g < groups; ++g) {
       unroll<8>([&](auto j) TM_UNROLLED {
         store_u8x64(tile.codes[8 * g + j][block], codes.template quad<decltype(j)::value>(0, g));
@@ -228,10 +232,8 @@ void QuantizedFormat<kFormat>::decode_row(const PackedWeight& weight, int32_t ro
       unroll<8>([&](auto j) TM_UNROLLED { store_u8x64(quads[j], codes.template quad<decltype(j)::value>(0, g)); });
       for (int i = 0; i < kGroupColumns; ++i) {
         const int index = (32 * g + i) / kLayout.scale_columns;
-        const float q = static_cast<float>(quads[i / 4][4 * lane + i % 4] - codes.offset());
-        float scale = scales.scale[index][lane], value;
-        if constexpr (kLayout.super_block()) scale = scales.d[lane] * scale;
-        value = scale * q;
+        const float q = static_cast<float>(quads[i / 4][4 * lane + i % 4] - kLayout.code_offset);
+        float value = scales.scale[index][lane] * q;
         if constexpr (kLayout.has_minimum && kLayout.super_block()) {
           const int32_t minimum = (scales.minimum_pairs[index / 2][lane] >> (16 * (index % 2))) & 0xffff;
           value = value + scales.negative_dmin[lane] * static_cast<float>(minimum);

@@ -39,7 +39,7 @@ TM_INLINE void store_codes(uint8_t* out, I32x16 codes) { store_as_i8(reinterpret
 
 void quantize_groups_of_32(const float* x, int32_t k, const ActivationLayout& layout, uint8_t* out) {
   float* scales = reinterpret_cast<float*>(out + layout.scales);
-  int32_t* sums = reinterpret_cast<int32_t*>(out + layout.sums);
+  int32_t* negative_sums = reinterpret_cast<int32_t*>(out + layout.negative_sums);
   float* scaled_sums = reinterpret_cast<float*>(out + layout.scaled_sums);
   for (int32_t column = 0, g = 0; column < k; column += 32, ++g) {
     const int count = k - column < 32 ? k - column : 32;
@@ -51,14 +51,15 @@ void quantize_groups_of_32(const float* x, int32_t k, const ActivationLayout& la
       sum = add(sum, codes);
     }
     scales[g] = group.scale;
-    sums[g] = reduce_add(sum);
-    scaled_sums[g] = static_cast<float>(sums[g]) * group.scale;
+    const int32_t codes_sum = reduce_add(sum);
+    negative_sums[g] = -codes_sum;
+    scaled_sums[g] = static_cast<float>(codes_sum) * group.scale;
   }
 }
 
 void quantize_groups_of_256(const float* x, int32_t k, const ActivationLayout& layout, uint8_t* out) {
   float* scales = reinterpret_cast<float*>(out + layout.scales);
-  int32_t* sums = reinterpret_cast<int32_t*>(out + layout.sums);
+  int32_t* negative_sums = reinterpret_cast<int32_t*>(out + layout.negative_sums);
   int16_t* pairs16 = reinterpret_cast<int16_t*>(out + layout.pairs16);
   int16_t* pairs32 = reinterpret_cast<int16_t*>(out + layout.pairs32);
   for (int32_t column = 0, g = 0; column < k; column += 256, ++g) {
@@ -69,9 +70,10 @@ void quantize_groups_of_256(const float* x, int32_t k, const ActivationLayout& l
       const I32x16 codes = codes_of(x + column + i, count - i, group.inverse);
       store_codes(out + column + i, codes);
       const int index = (column + i) / 16;
-      sums[index] = reduce_add(codes);
-      pairs16[index] = static_cast<int16_t>(sums[index]);
-      pairs32[index / 2] = static_cast<int16_t>(index % 2 == 0 ? sums[index] : sums[index - 1] + sums[index]);
+      const int32_t sum = reduce_add(codes);
+      negative_sums[index] = -sum;
+      pairs16[index] = static_cast<int16_t>(sum);
+      pairs32[index / 2] = static_cast<int16_t>(index % 2 == 0 ? pairs16[index] : pairs16[index - 1] + pairs16[index]);
     }
   }
 }

@@ -68,4 +68,12 @@ using DirectRows = Indices<1>;
 // Rows that share one unpacked tile; their accumulators wait in scratch.
 inline constexpr int kSweepRows = 256;
 
+// kBytes from `ahead` bytes after p on. The address may lie past the end; a prefetch does not fault.
+template <int kBytes>
+TM_INLINE void prefetch_lines(const uint8_t* p, size_t ahead) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(p) + ahead;
+#pragma GCC unroll 80
+  for (int line = 0; line < kBytes; line += 64) prefetch(reinterpret_cast<const void*>(begin + static_cast<uintptr_t>(line)));
+}
+
 }  // namespace tokenmill::TM_ISA
