@@ -90,6 +90,23 @@ def test_a_machine_that_slows_down_gets_smaller_chunks() -> None:
     assert 0.8 * TARGET < backend.seconds[-1] < 1.55 * TARGET  # at first it was 2.8
 
 
+def test_a_cost_that_changes_alone_is_learned_anew() -> None:
+    """Something else used up the memory's bandwidth, and ends: the constant falls, a row costs what it did."""
+    core, backend = simulated_core(step_target=TARGET, pages=1200, costs=Costs(step=60e-3))
+    decode_for_ever(core, 4)
+    core.handle(request(8, [i % 97 for i in range(1500)]))
+    for _ in range(120):
+        core.step()
+    backend.costs = Costs()
+    for _ in range(80):
+        core.step()
+    core.handle(request(9, [i % 101 for i in range(3000)]))
+    for _ in range(40):
+        core.step()
+    assert max(backend.seconds[-30:]) <= 1.6 * TARGET
+    assert min(backend.seconds[-30:]) >= 0.8 * TARGET
+
+
 def test_before_anything_is_measured_chunks_are_small_and_double() -> None:
     core, backend = simulated_core(step_target=10.0, costs=Costs(step=1e-6, row=1e-6, pair=0.0))
     core.handle(request(0, [5] * 500))

@@ -30,7 +30,8 @@ _SETTLED = 1e-3
 _OUTLIER = 4.0
 """A step that takes this many times what was expected counts as no more: somebody else had the processor."""
 _SURPRISE = 0.2
-"""A familiar kind of step that takes longer or shorter by more than this share tells of the pace, not of the costs."""
+"""Once a kind of step is familiar, costs are fitted to at most this share above or below what was expected; the rest is
+left to the pace, and to the next measurements if it stays."""
 _FAMILIAR = 10
 """Steps with (or without) prompts after which that kind is familiar."""
 _FIRST_CHUNK = 32
@@ -106,13 +107,14 @@ class StepTimeModel:
         with_prompt = work.prompt_tokens > 0
         self._observed[with_prompt] += 1
         x = work.features()
-        expected = self._pace * _dot(self._costs, x)
+        expected = _dot(self._costs, x)
         if self._observed[with_prompt] > _FAMILIAR and expected > 0:
-            ratio = min(seconds / expected, _OUTLIER)
+            ratio = min(seconds / (self._pace * expected), _OUTLIER)
             self._pace *= 1 + _PACE * (ratio - 1)
-            if abs(ratio - 1) > _SURPRISE:
-                return
-        self._fit(x, seconds / self._pace)
+            surprise = seconds / (self._pace * expected)
+            self._fit(x, expected * min(max(surprise, 1 - _SURPRISE), 1 + _SURPRISE))
+        else:
+            self._fit(x, seconds / self._pace)
 
     def _fit(self, x: list[float], seconds: float) -> None:
         along = [_dot(row, x) for row in self._information]
