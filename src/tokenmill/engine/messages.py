@@ -18,6 +18,23 @@ class EngineDeadError(EngineError):
     """The engine stopped because of an error and serves no request any more."""
 
 
+class EngineOverloadedError(EngineError):
+    """The request was refused because too many wait already. ``retry_after``: seconds after which it may fit."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class FailureKind(Enum):
+    REQUEST = "request"
+    """Something about the request itself: the same again would fail again."""
+    MODEL = "model"
+    """The model gave no usable logits."""
+    OVERLOADED = "overloaded"
+    """Refused unseen: too many requests wait."""
+
+
 class FinishReason(Enum):
     STOP = "stop"
     """An end token, a stop token or a stop string."""
@@ -25,6 +42,14 @@ class FinishReason(Enum):
     """max_tokens, or the end of the context."""
     ABORT = "abort"
     """Cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearch:
+    """Keep the ``width`` likeliest beginnings at every token, and return the ``width`` best outputs."""
+
+    width: int
+    length_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +66,11 @@ class AddRequest:
     score_only: bool = False
     arrival: float = 0.0
     """``time.monotonic()`` at the front door."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences of ``params.bad_words``: :func:`tokenmill.sampling.bad_word_ids`."""
+    beam: BeamSearch | None = None
+    """If set, ``params`` has temperature 0, ``n`` = width and ``logprobs`` = 2 * width and nothing that changes logits;
+    the outputs come all at once when the search is over, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +142,9 @@ class Failed:
 
     request_id: int
     error: str
+    kind: FailureKind = FailureKind.REQUEST
+    retry_after: float | None = None
+    """Seconds after which a request that was refused as one too many may fit."""
 
 
 Message = AddRequest | AbortRequest
