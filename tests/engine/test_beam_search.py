@@ -158,11 +158,11 @@ def test_few_seats_and_pages_change_nothing_and_end(tmp_path: Path, pages: int, 
     assert outputs(events) == outputs(run(plain, messages))
 
 
-def test_a_beam_that_lacks_a_page_gets_one_from_a_sibling_that_waits_for_it() -> None:
-    """Ten pages, four beams of three own pages each: no two others can run while all of them wait."""
-    core, _ = make_core(pages=10)
-    events = run(core, [search(0, [6] * 20, 4, 90)])
-    assert found_by(events, 0) == found_by(run(make_core()[0], [search(0, [6] * 20, 4, 90)]), 0)
+@pytest.mark.parametrize(("width", "length"), [(3, 140), (4, 100), (6, 20)])
+def test_a_beam_that_lacks_a_page_gets_one_from_a_sibling_that_waits_for_it(width: int, length: int) -> None:
+    """Ten pages: there are moments when all beams but the last have run, and that one lacks a page."""
+    message = search(0, [6] * length, width, 90)
+    assert found_by(run(make_core(pages=10)[0], [message]), 0) == found_by(run(make_core()[0], [message]), 0)
 
 
 def test_a_cancelled_search_ends_all_its_outputs() -> None:
