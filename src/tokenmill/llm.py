@@ -71,7 +71,7 @@ class LLM:
         backend: Literal["native", "torch"] = "native",
         memory: int | str | None = None,
         max_model_len: int | None = None,
-        max_num_seqs: int = 16,
+        max_num_seqs: int = 64,
         max_batch_tokens: int = 512,
         kv_cache_dtype: str = "f16",
         threads: int = 0,
@@ -207,7 +207,7 @@ class LLM:
         (ids,) = self._prompt_ids([tokens], room=0)
         params = SamplingParams(seed=0, prompt_logprobs=0)
         request = AddRequest(self.engine.new_request_id(), ids, params, score_only=True, arrival=time.monotonic())
-        run = _Run(self, [request])
+        run = _Run(self, [request], together=True)
         run.finish()
         return np.array([item.logprob for item in run.scores[request.request_id]], dtype=np.float32)
 
@@ -267,7 +267,7 @@ class LLM:
         ]
 
     def _run_all(self, batch: Sequence[Prompt], requests: Sequence[AddRequest]) -> list[RequestOutput]:
-        run = _Run(self, requests)
+        run = _Run(self, requests, together=True)
         outputs = [
             RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
             for prompt, request in zip(batch, requests, strict=True)
@@ -335,7 +335,8 @@ class OutputStream(Iterator[StreamChunk]):
 class _Run:
     """Requests on their way, and what has come of them."""
 
-    def __init__(self, llm: LLM, requests: Sequence[AddRequest]) -> None:
+    def __init__(self, llm: LLM, requests: Sequence[AddRequest], *, together: bool = False) -> None:
+        """``together``: nobody looks at the outputs before all have ended."""
         self._llm = llm
         self._builders = {
             (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer.detokenizer(continues=True))
@@ -345,7 +346,9 @@ class _Run:
         self._open = set(self._builders)
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self.scores: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
-        self._events: EventStream = llm.engine.submit(list(requests))
+        # Stop strings are found on this side, as tokens come.
+        together = together and not any(request.params.stop for request in requests)
+        self._events: EventStream = llm.engine.submit(list(requests), together=together)
 
     def outputs(self, request: AddRequest) -> list[CompletionOutput]:
         """The outputs of a request, growing while :meth:`chunks` runs."""

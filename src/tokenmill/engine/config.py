@@ -28,7 +28,7 @@ class EngineConfig:
     """Bytes, or a size such as "6GB"; None: most of what the machine or its cgroup has available."""
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt and output; None: the model's own maximum, or what fits."""
-    max_num_seqs: int = 16
+    max_num_seqs: int = 64
     """Most sequences that run at once."""
     max_batch_tokens: int = 512
     """Most tokens of one step: long prompts are computed in chunks of at most this size."""

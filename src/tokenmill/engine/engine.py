@@ -8,7 +8,9 @@ import os
 import queue
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
@@ -28,23 +30,42 @@ _Inbox = queue.SimpleQueue[Message | _Stop | tuple[Callable[[], None], threading
 
 
 class EventStream:
-    """The events of requests submitted together. Iterate with :meth:`next_event` until every request has ended."""
+    """The events of requests submitted together. Iterate with :meth:`next_event` until every request has ended.
 
-    def __init__(self, engine: Engine) -> None:
+    With ``together`` they arrive when all requests have ended or one has failed: a reader who wants the whole answer
+    is not woken for every token, which would take the processor, and the interpreter, from the step that is running.
+    """
+
+    def __init__(self, engine: Engine, requests: int, *, together: bool) -> None:
         self._engine = engine
-        self._events: queue.SimpleQueue[Event | EngineDeadError] = queue.SimpleQueue()
+        self._open = requests
+        self._together = together
+        self._held: list[Event] = []
+        self._batches: queue.SimpleQueue[list[Event] | EngineDeadError] = queue.SimpleQueue()
+        self._unread: deque[Event] = deque()
 
-    def put(self, event: Event | EngineDeadError) -> None:
-        self._events.put(event)
+    def put(self, events: list[Event], ended: int, *, failed: bool) -> None:
+        """The engine's side: the events of one step, ``ended`` requests among them for good."""
+        self._open -= ended
+        self._held += events
+        if not self._together or failed or self._open == 0:
+            self._batches.put(self._held)
+            self._held = []
+
+    def fail(self, error: EngineDeadError) -> None:
+        """The engine's side: no more events."""
+        self._batches.put(error)
 
     def next_event(self) -> Event:
         """Blocks until there is an event. Raises EngineDeadError if there never will be."""
         self._engine.check_process()
-        event = self._events.get()
-        if isinstance(event, EngineDeadError):
-            self._events.put(event)  # for the next caller too
-            raise EngineDeadError(str(event)) from event
-        return event
+        while not self._unread:
+            batch = self._batches.get()
+            if isinstance(batch, EngineDeadError):
+                self._batches.put(batch)  # for the next caller too
+                raise EngineDeadError(str(batch)) from batch
+            self._unread.extend(batch)
+        return self._unread.popleft()
 
 
 class Engine:
@@ -88,10 +109,10 @@ class Engine:
     def new_request_id(self) -> int:
         return next(self._ids)
 
-    def submit(self, requests: list[AddRequest]) -> EventStream:
+    def submit(self, requests: list[AddRequest], *, together: bool = False) -> EventStream:
         """Hands requests in, in this order. Raises EngineDeadError if the engine is closed or has died."""
         self.check_process()
-        stream = EventStream(self)
+        stream = EventStream(self, len(requests), together=together)
         with self._lock:
             self._check_alive()
             for request in requests:
@@ -166,7 +187,7 @@ class Engine:
             streams = {stream for stream, _ in self._streams.values()}
             self._streams.clear()
         for stream in streams:
-            stream.put(error)
+            stream.fail(error)
         for item in self._pending():
             if isinstance(item, tuple):
                 item[1].set()
@@ -193,15 +214,31 @@ class Engine:
                 return
 
     def _deliver(self, events: list[Event]) -> None:
-        for event in events:
-            with self._lock:
+        shares: dict[EventStream, _Share] = {}
+        with self._lock:
+            for event in events:
                 stream, left = self._streams.get(event.request_id, (None, 0))
+                if stream is None:
+                    continue
+                share = shares.setdefault(stream, _Share())
+                share.events.append(event)
                 if isinstance(event, Failed) or (isinstance(event, Finished) and left == 1):
-                    self._streams.pop(event.request_id, None)
-                elif isinstance(event, Finished) and stream is not None:
+                    del self._streams[event.request_id]
+                    share.ended += 1
+                    share.failed |= isinstance(event, Failed)
+                elif isinstance(event, Finished):
                     self._streams[event.request_id] = (stream, left - 1)
-            if stream is not None:
-                stream.put(event)
+        for stream, share in shares.items():
+            stream.put(share.events, share.ended, failed=share.failed)
+
+
+@dataclass(slots=True)
+class _Share:
+    """One stream's part of a step's events."""
+
+    events: list[Event] = field(default_factory=list)
+    ended: int = 0
+    failed: bool = False
 
 
 _running: weakref.WeakSet[Engine] = weakref.WeakSet()
