@@ -1,33 +1,16 @@
-"""``tokenmill bench``: how fast, and how close to what this machine can do."""
+"""``tokenmill bench`` roofline, latency and throughput: this machine's limits, and this engine against them."""
 
 from __future__ import annotations
 
-import json
-import platform
-import sys
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from tokenmill.cli.bench.options import JsonFile, Model, Rounds, Threads, write
 from tokenmill.cli.terminal import print_table
 
-if TYPE_CHECKING:
-    from tokenmill.bench.latency import LatencyReport
-    from tokenmill.bench.roofline import Roofline
-    from tokenmill.bench.throughput import ThroughputReport
 
-bench = typer.Typer(
-    help="Measure speed, as a share of this machine's limits.", no_args_is_help=True, rich_markup_mode=None
-)
-
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0 for all usable.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
-Model = Annotated[str, typer.Argument(help="Name, .gguf file, folder, or org/name on the hub.")]
-
-
-@bench.command()
 def roofline(threads: Threads = 0, json_file: JsonFile = None) -> None:
     """Measure the limits: memory read bandwidth, int8 and fp32 peaks of each instruction-set path."""
     from tokenmill import _native
@@ -54,15 +37,14 @@ def roofline(threads: Threads = 0, json_file: JsonFile = None) -> None:
         ],
         right=(1, 2, 3),
     )
-    _write(json_file, best, {"paths": {isa: asdict(limit) for isa, limit in limits.items()}})
+    write(json_file, "roofline", {**asdict(best), "paths": {isa: asdict(limit) for isa, limit in limits.items()}})
 
 
-@bench.command()
 def latency(
     model: Model,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1)] = 512,
     output_tokens: Annotated[int, typer.Option("--output-tokens", min=2)] = 64,
-    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 5,
+    rounds: Rounds = 5,
     threads: Threads = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -92,16 +74,15 @@ def latency(
             ),
         ],
     )
-    _write(json_file, report)
+    write(json_file, "latency", asdict(report), llm.path)
 
 
-@bench.command()
 def throughput(
     model: Model,
     requests: Annotated[int, typer.Option("--requests", min=1)] = 32,
     input_tokens: Annotated[int, typer.Option("--input-tokens", min=1)] = 128,
     output_tokens: Annotated[int, typer.Option("--output-tokens", min=1)] = 64,
-    rounds: Annotated[int, typer.Option("--rounds", min=1)] = 3,
+    rounds: Rounds = 3,
     threads: Threads = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -132,33 +113,4 @@ def throughput(
             )
         ],
     )
-    _write(json_file, report)
-
-
-def _write(
-    path: Path | None, report: Roofline | LatencyReport | ThroughputReport, more: dict[str, object] | None = None
-) -> None:
-    """The report's fields at the top level, with what a stranger needs to repeat it."""
-    if path is None:
-        return
-    from tokenmill import __version__
-
-    record = {
-        **asdict(report),
-        **(more or {}),
-        "tokenmill": __version__,
-        "python": platform.python_version(),
-        "machine": _processor(),
-        "command": sys.argv,
-    }
-    path.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    write(json_file, "throughput", asdict(report), llm.path)
