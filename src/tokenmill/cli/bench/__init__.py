@@ -6,6 +6,7 @@ import typer
 
 from tokenmill.cli.bench.compare import compare
 from tokenmill.cli.bench.peers import peers
+from tokenmill.cli.bench.profile import profile
 from tokenmill.cli.bench.speed import latency, roofline, throughput
 
 bench = typer.Typer(
@@ -15,4 +16,5 @@ bench.command("roofline")(roofline)
 bench.command("latency")(latency)
 bench.command("throughput")(throughput)
 bench.command("compare")(compare)
+bench.command("profile")(profile)
 bench.add_typer(peers, name="peers")
