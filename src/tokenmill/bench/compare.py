@@ -160,7 +160,7 @@ def _open(
     if peer is not None and (reason := problem(peer, python)) is not None:
         result.error = reason
         return None
-    environment = {"OMP_NUM_THREADS": str(threads)} if peer is not None else _own_environment()
+    environment = {"OMP_NUM_THREADS": str(threads)} if peer is not None else own_environment()
     worker = None
     try:
         worker = WorkerProcess("tokenmill" if peer is None else peer.worker, python, environment)
@@ -187,7 +187,7 @@ def _open(
     return worker
 
 
-def _own_environment() -> dict[str, str]:
+def own_environment() -> dict[str, str]:
     """So that the worker imports this very package, however it was found here."""
     source = str(Path(__file__).parents[2])
     before = os.environ.get("PYTHONPATH")

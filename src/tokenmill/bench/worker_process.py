@@ -67,6 +67,14 @@ class WorkerProcess:
             raise WorkerError(str(answer["error"]) + self._last_words())
         return dict(answer)
 
+    def peak_bytes(self) -> int:
+        """The most memory the process had resident (VmHWM), mapped files included. Raises WorkerError if it ended."""
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+        except (OSError, IndexError):
+            raise WorkerError(self._obituary()) from None
+
     def close(self) -> None:
         """Ends the process and all that it started."""
         self._signal(signal.SIGKILL)

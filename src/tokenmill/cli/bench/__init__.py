@@ -7,7 +7,7 @@ import typer
 from tokenmill.cli.bench.compare import compare
 from tokenmill.cli.bench.peers import peers
 from tokenmill.cli.bench.profile import profile
-from tokenmill.cli.bench.speed import latency, roofline, throughput
+from tokenmill.cli.bench.speed import latency, roofline, startup, throughput
 
 bench = typer.Typer(
     help="Measure speed, as a share of this machine's limits.", no_args_is_help=True, rich_markup_mode=None
@@ -15,6 +15,7 @@ bench = typer.Typer(
 bench.command("roofline")(roofline)
 bench.command("latency")(latency)
 bench.command("throughput")(throughput)
+bench.command("startup")(startup)
 bench.command("compare")(compare)
 bench.command("profile")(profile)
 bench.add_typer(peers, name="peers")

@@ -40,9 +40,11 @@ def compare(
     from tokenmill.bench.compare import Workload
     from tokenmill.bench.compare import compare as measure
     from tokenmill.bench.peers import PEERS, environment_python, parse_peer
+    from tokenmill.bench.plot import check_ending, draw_comparison
     from tokenmill.errors import UsageError
     from tokenmill.sources import resolve
 
+    check_ending(plot)
     names = peer or [name for name in PEERS if environment_python(name).exists()]
     if not names:
         raise UsageError("there is no peer to compare with: give --peer, or see `tokenmill bench peers list`")
@@ -64,8 +66,6 @@ def compare(
     figures = {"model": model, "comparisons": [asdict(comparison) for comparison in comparisons]}
     write(json_file, "compare", figures, path)
     if plot is not None:
-        from tokenmill.bench.plot import draw_comparison
-
         draw_comparison(plot, figures)
 
 

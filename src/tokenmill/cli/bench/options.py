@@ -15,6 +15,19 @@ Model = Annotated[str, typer.Argument(help="Name, .gguf file, folder, or org/nam
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples; medians are shown.")]
 
 
+def numbers(option: str, text: str, least: int) -> list[int]:
+    """``128,512`` as numbers. Raises UsageError naming ``option``."""
+    from tokenmill.errors import UsageError
+
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} is {text!r}; it must be a number, or several with commas between") from None
+    if min(values) < least:
+        raise UsageError(f"{option} is {text!r}; each must be at least {least}")
+    return values
+
+
 def write(path: Path | None, kind: str, figures: Mapping[str, object], model: Path | None = None) -> None:
     """Writes a result file, if one is asked for."""
     if path is None:

@@ -25,9 +25,11 @@ def profile(
     plot: Plot = None,
 ) -> None:
     """Time each op of a prefill chunk and of a decode step, and set it against the machine's limits."""
+    from tokenmill.bench.plot import check_ending, draw_profile
     from tokenmill.bench.profile import profile_model
     from tokenmill.sources import resolve
 
+    check_ending(plot)
     path = resolve(model)
     result = profile_model(
         path, prompt_tokens=prompt_tokens, depth=depth, sequences=batch, rounds=rounds, threads=threads
@@ -42,8 +44,6 @@ def profile(
     figures = {"model": model, **asdict(result)}
     write(json_file, "profile", figures, path)
     if plot is not None:
-        from tokenmill.bench.plot import draw_profile
-
         draw_profile(plot, figures)
 
 
