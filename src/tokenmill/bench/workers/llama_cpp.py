@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .protocol import CannotError, Identity, Latency, Task, Throughput, serve
+from .protocol import CannotError, Identity, Latency, Logits, Task, Throughput, serve
 
 MICRO_BATCH = 512
 
@@ -81,6 +81,24 @@ class LlamaCpp:
         seconds = time.perf_counter() - start
         return Throughput(seconds, sum(map(len, prompts)), len(prompts) * output_tokens)
 
+    def logits(self, windows: list[list[int]], out: str) -> Logits:
+        """See ``Engine``."""
+        import ctypes
+
+        vocabulary = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        row = ctypes.c_float * vocabulary
+        with open(out, "wb") as file:
+            for window in windows:
+                self._clear()
+                rows = [(token, position, 0, True) for position, token in enumerate(window)]
+                for begin in range(0, len(rows), MICRO_BATCH):
+                    part = rows[begin : begin + MICRO_BATCH]
+                    self._decode(part)
+                    for i in range(len(part)):
+                        logits = self._api.llama_get_logits_ith(self._context, i)
+                        file.write(row.from_address(ctypes.addressof(logits.contents)))
+        return Logits(sum(map(len, windows)), vocabulary)
+
     def _clear(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
 
@@ -98,6 +116,11 @@ class LlamaCpp:
 
     def _step(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
         """Runs rows (token, position, sequence, wants logits) and samples those that want it."""
+        self._decode(rows)
+        sample = self._api.llama_sampler_sample
+        return [sample(self._sampler, self._context, i) for i, row in enumerate(rows) if row[3]]
+
+    def _decode(self, rows: list[tuple[int, int, int, bool]]) -> None:
         batch = self._batch
         batch.n_tokens = len(rows)
         for i, (token, position, sequence, wanted) in enumerate(rows):
@@ -109,8 +132,6 @@ class LlamaCpp:
         status = self._api.llama_decode(self._context, batch)
         if status != 0:
             raise CannotError(f"llama_decode returned {status} for {len(rows)} tokens")
-        sample = self._api.llama_sampler_sample
-        return [sample(self._sampler, self._context, i) for i, row in enumerate(rows) if row[3]]
 
 
 def round_up(tokens: int, unit: int) -> int:

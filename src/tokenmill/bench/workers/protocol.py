@@ -8,6 +8,7 @@ request                                                 answer
 ``{"do": "latency", "prompt", "output_tokens"}``        ``{"prefill_seconds", "decode_seconds", "prompt_tokens",
                                                         "output_tokens"}``
 ``{"do": "throughput", "prompts", "output_tokens"}``    ``{"seconds", "prompt_tokens", "output_tokens"}``
+``{"do": "logits", "windows", "out"}``                  ``{"rows", "vocabulary"}``; the file ``out`` holds them, fp32
 ======================================================  ===============================================================
 
 Prompts are token ids. All engines decode greedily and go on past an end token. A request that fails is answered with
@@ -59,6 +60,14 @@ class Throughput:
 
 
 @dataclass
+class Logits:
+    """Logits at every position of some windows, each run as a new sequence."""
+
+    rows: int
+    vocabulary: int
+
+
+@dataclass
 class Identity:
     """What answered: enough to install the same again. ``settings`` are those that differ from the defaults."""
 
@@ -69,7 +78,7 @@ class Identity:
 
 
 class Engine(Protocol):
-    """An open engine."""
+    """An open engine. One that can say what it thinks of each token also has ``logits(windows, out) -> Logits``."""
 
     identity: Identity
 
@@ -104,6 +113,8 @@ def serve(open_engine: Callable[[Task], Engine]) -> None:
                 answer = asdict(engine.latency(**request))
             elif what == "throughput":
                 answer = asdict(engine.throughput(**request))
+            elif what == "logits" and hasattr(engine, "logits"):
+                answer = asdict(engine.logits(**request))
             else:
                 raise CannotError(f"does not know the request {what!r}")
         except CannotError as error:
