@@ -89,9 +89,9 @@ def _judge(process: subprocess.Popen[bytes], token: bytes, seconds: float) -> Ve
     assert process.stderr is not None
     ready, rest = _line(process.stdout.fileno(), b"", _START_SECONDS)
     if ready != b"ready":
-        process.wait(_START_SECONDS)
-        reason = process.stderr.read(2000).decode(errors="replace").strip().splitlines()
-        raise SandboxError(f"code cannot be contained here: {reason[-1] if reason else 'the sandbox did not start'}")
+        last = process.stderr.read(2000).strip().splitlines() if ready is None else [ready]
+        reason = last[-1].decode(errors="replace") if last else "the sandbox did not start"
+        raise SandboxError(f"code cannot be contained here: {reason}")
     start = time.monotonic()
     answer, _ = _line(process.stdout.fileno(), rest, seconds)
     took = time.monotonic() - start

@@ -29,7 +29,11 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    seccomp.install()
+    try:
+        seccomp.install()
+    except OSError as error:
+        os.write(verdict, f"{error}\n".encode())
+        return
     os.write(verdict, b"ready\n")
     try:
         exec(compile(source, "<program>", "exec"), {"__name__": "__program__"})
