@@ -103,7 +103,7 @@ def draw_roofline(path: Path, figures: Figures, points: Sequence[tuple[str, floa
 
 def draw_load(path: Path, figures: Figures) -> None:
     """Time to the first token and between tokens against load, medians and 99th percentiles."""
-    runs = figures["runs"]
+    runs = [run for run in figures["runs"] if run["ttft_seconds"] and run["itl_seconds"]]
     figure = _figure(12, 4.5)
     loads = [run["load"] for run in runs]
     for axes, quantity, title in zip(

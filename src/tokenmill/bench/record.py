@@ -40,7 +40,7 @@ def record(kind: str, figures: Mapping[str, object], model: Path | None = None) 
         "cpus": sorted(os.sched_getaffinity(0)),
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
+        "command": ["tokenmill", *sys.argv[1:]],
     }
 
 

@@ -96,7 +96,7 @@ def run_items(
             result = ItemResult(item.id, sample, _shown(item.prompt), text, judgement.passed, judgement.detail)
             log.add(result.key, asdict(result))
             on_result(result)
-    return [ItemResult(**{**log.done[f"{item.id}#{sample}"]}) for item, sample in wanted]
+    return [ItemResult(**log.done[f"{item.id}#{sample}"]) for item, sample in wanted]
 
 
 def _answers(llm: LLM, prompts: list[Any], params: list[SamplingParams]) -> list[str | TokenmillError]:

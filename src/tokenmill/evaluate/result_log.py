@@ -43,7 +43,7 @@ class ResultLog:
         self.done[item_id] = dict(record)
         if self._path is not None:
             with self._path.open("a") as file:
-                file.write(json.dumps({"id": item_id, **record}) + "\n")
+                file.write(json.dumps({"item": item_id, "result": dict(record)}) + "\n")
 
     def _read(self, path: Path, identity: dict[str, Any]) -> None:
         try:
@@ -54,7 +54,7 @@ class ResultLog:
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
             found = lines[0]["run"]
-            self.done = {line.pop("id"): line for line in lines[1:]}
+            self.done = {line["item"]: line["result"] for line in lines[1:]}
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ResultLogError(f"{path} is no log of results; name another file") from None
         differing = sorted(name for name in found.keys() | identity.keys() if found.get(name) != identity.get(name))

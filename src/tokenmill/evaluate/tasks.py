@@ -116,13 +116,10 @@ def run_choices(
             max(range(len(scores)), key=by_length.__getitem__),
             scores,
         )
-        record = asdict(result)
-        del record["id"]
-        log.add(choice.id, record)
+        log.add(choice.id, asdict(result))
         on_result(result)
     return [
-        ChoiceResult(c.id, **{**log.done[c.id], "log_likelihoods": tuple(log.done[c.id]["log_likelihoods"])})
-        for c in choices
+        ChoiceResult(**{**log.done[c.id], "log_likelihoods": tuple(log.done[c.id]["log_likelihoods"])}) for c in choices
     ]
 
 

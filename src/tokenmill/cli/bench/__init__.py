@@ -7,6 +7,8 @@ import typer
 from tokenmill.cli.bench.compare import compare
 from tokenmill.cli.bench.peers import peers
 from tokenmill.cli.bench.profile import profile
+from tokenmill.cli.bench.report import report
+from tokenmill.cli.bench.serve import serve
 from tokenmill.cli.bench.speed import latency, roofline, startup, throughput
 
 bench = typer.Typer(
@@ -18,4 +20,6 @@ bench.command("throughput")(throughput)
 bench.command("startup")(startup)
 bench.command("compare")(compare)
 bench.command("profile")(profile)
+bench.command("serve")(serve)
+bench.command("report")(report)
 bench.add_typer(peers, name="peers")
