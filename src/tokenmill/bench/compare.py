@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tokenmill.bench.worker_process import WorkerError, WorkerProcess
 
 OURS = "tokenmill"
 _LIMIT_SECONDS = 0.15
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +108,19 @@ def compare(
             say(f"{workload.name}: opening {result.name}")
             workers.append(_open(result, peer, python, model, workload, threads, timeout))
         prompts = _prompts(workload, rounds + 1, work.vocab_size)
-        for number in range(rounds + 1):
+        warm_up = replace(workload, output_tokens=min(workload.output_tokens, _WARM_UP_TOKENS))
+        for result, worker in zip(results, workers, strict=True):
+            say(f"{workload.name}: warm-up, {result.name}")
+            _measure(result, worker, warm_up, prompts[0], timeout)
+        before = _limits(threads)
+        for number in range(1, rounds + 1):
             for result, worker in zip(results, workers, strict=True):
-                warm_up = number == 0
-                say(f"{workload.name}: {'warm-up' if warm_up else f'round {number} of {rounds}'}, {result.name}")
-                before = _limits(threads)
+                say(f"{workload.name}: round {number} of {rounds}, {result.name}")
                 rates = _measure(result, worker, workload, prompts[number], timeout)
-                if warm_up:
-                    continue
                 after = _limits(threads)
-                limit = _Limits(max(before.read, after.read), max(before.int8, after.int8))
-                limits.append(limit)
-                _keep(result, rates, workload, work, limit)
+                limits.append(_Limits(max(before.read, after.read), max(before.int8, after.int8)))
+                _keep(result, rates, workload, work, limits[-1])
+                before = after
     finally:
         for worker in workers:
             if worker is not None:

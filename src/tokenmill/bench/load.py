@@ -1,12 +1,12 @@
 """Load on a server that speaks OpenAI's API: what a user waits, and what comes out, at a given load.
 
-A client of its own, because the well-kept ones (guidellm, aiperf) make their prompts with a Hugging Face tokenizer that
-they fetch and bring a large environment along, where a run here must work offline and beside the core install. This
-one needs httpx, replays prompts as they are, and stamps every chunk where it arrives.
+A client of its own, for one need: exact prompts, token ids as they are, for models whose only tokenizer lies in a GGUF
+file, offline and beside the core install. aiperf, for one, makes and counts prompts with a tokenizer in Hugging Face's
+format, or with an encoding that it downloads, and brings a large environment along. This one needs httpx.
 
 Arrivals are *closed loop* (so many users, each sending when the last answer is there) or *Poisson* (requests per
-second, whether the server keeps up or not). Times are of the client, from sending the request; time between tokens is
-that of a stream from its first to its last chunk over the tokens in between (as vLLM's ``benchmark_serving`` counts TPOT).
+second, whether the server keeps up or not). Times are of the client, from sending the request; the time between tokens
+is a stream's from its first to its last chunk over the tokens in between (vLLM's ``benchmark_serving`` calls it TPOT).
 """
 
 from __future__ import annotations

@@ -52,7 +52,13 @@ PEERS = {
             "3.5 GB",
             remove=("torchvision", "torchaudio", "torchcodec"),
         ),
-        Peer("transformers", "transformers", "transformers", ("transformers", "torch", "accelerate", "gguf"), "1 GB"),
+        Peer(
+            "transformers",
+            "transformers",
+            "transformers",
+            ("transformers", "torch", "accelerate", "gguf"),
+            "several GB, most of it torch",
+        ),
     )
 }
 
