@@ -70,7 +70,7 @@ def test_the_headline_goes_between_the_readme_s_markers(tmp_path):
 def test_files_that_are_no_results_are_named(tmp_path):
     (tmp_path / "text.json").write_text("{")
     (tmp_path / "list.json").write_text("[]")
-    with pytest.raises(ResultFileError, match="text.json is no JSON"):
+    with pytest.raises(ResultFileError, match=r"text\.json is no JSON"):
         read_record(tmp_path / "text.json")
     with pytest.raises(ResultFileError, match="is no result file"):
         read_record(tmp_path / "list.json")
@@ -78,7 +78,7 @@ def test_files_that_are_no_results_are_named(tmp_path):
         read_record(tmp_path / "none.json")
     with pytest.raises(ResultFileError, match="kind 'dance'"):
         build_page([write(tmp_path / "dance.json", "dance", {})])
-    with pytest.raises(ResultFileError, match=r"short.json lacks what a result of latency has: KeyError"):
+    with pytest.raises(ResultFileError, match=r"short\.json lacks what a result of latency has: KeyError"):
         build_page([write(tmp_path / "short.json", "latency", {"model": "m"})])
 
 

@@ -58,15 +58,9 @@ def test_senseless_windows_are_refused():
 # ---- against transformers ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fp32_logits(smollm2_path):
-    """transformers in fp32 on the decoded weights: logits of given token ids."""
+def transformers_logits(model):
+    """Logits of given token ids from transformers."""
     import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
-    ).eval()
 
     def run(ids):
         with torch.inference_mode():
@@ -75,20 +69,52 @@ def fp32_logits(smollm2_path):
     return run
 
 
-def test_perplexity_and_divergence_of_the_torch_backend_equal_transformers(smollm2_path, fp32_logits):
-    source = read_text_model(str(smollm2_path))
-    cut = cut_windows(source.encode(TEXT), 48, 24, Windowing.SLIDING, source.bos)
+def check_against_transformers(path, theirs, ids, window):
+    """Perplexity and divergence of the torch backend on windows of ``ids`` equal those computed from ``theirs``."""
+    cut = cut_windows(ids, window, window // 2, Windowing.SLIDING, None)
     expected = []
-    for window in cut:
-        logs = fp32_logits(window.token_ids).astype(np.float64)
+    for each in cut:
+        logs = theirs(each.token_ids).astype(np.float64)
         logs -= np.log(np.exp(logs - logs.max(1, keepdims=True)).sum(1, keepdims=True)) + logs.max(1, keepdims=True)
-        expected += [-logs[i - 1, window.token_ids[i]] for i in range(window.scored, len(window.token_ids))]
-    with open_run(RunSpec(str(smollm2_path), "torch", "f32"), 48) as backend:
+        expected += [-logs[i - 1, each.token_ids[i]] for i in range(each.scored, len(each.token_ids))]
+    with open_run(RunSpec(str(path), "torch", "f32"), window) as backend:
         nll = score_windows(backend, cut, ResultLog(None, {}))
         ours = [rows.copy() for rows in all_rows(backend, [cut[0].token_ids])]
     assert nll == pytest.approx(expected, abs=1e-4)
     assert Perplexity.of(nll, 24).perplexity == pytest.approx(np.exp(np.mean(expected)), rel=1e-5)
-    assert kl_divergence(fp32_logits(cut[0].token_ids), np.concatenate(ours)).max() < 1e-7
+    assert kl_divergence(theirs(cut[0].token_ids), np.concatenate(ours)).max() < 1e-7
+
+
+def test_perplexity_and_divergence_of_the_torch_backend_equal_transformers(tmp_path):
+    import transformers
+    from tiny_models import random_transformers_model
+
+    config = transformers.LlamaConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    model = random_transformers_model(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 300, 130).tolist()
+    check_against_transformers(tmp_path, transformers_logits(model), ids, 48)
+
+
+@pytest.mark.slow
+def test_perplexity_and_divergence_of_a_real_model_equal_transformers(smollm2_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+    ).eval()
+    ids = read_text_model(str(smollm2_path)).encode(TEXT)
+    check_against_transformers(smollm2_path, transformers_logits(model), ids, 48)
 
 
 def test_a_window_s_score_does_not_depend_on_how_its_rows_are_cut(smollm2_path, monkeypatch):
@@ -126,8 +152,8 @@ def test_a_reference_is_run_once_and_its_rounding_is_far_below_what_is_measured(
     divergence = stored.compare(np.array_split(other, 4), targets)
     finite = np.arange(70) != 3
     exact = kl_divergence(logits[finite], other[finite])
-    assert divergence.kl[finite] == pytest.approx(exact, rel=3e-3, abs=1e-6)
-    assert divergence.kl[finite].mean() == pytest.approx(exact.mean(), rel=3e-4)
+    assert divergence.kl[finite] == pytest.approx(exact, rel=1e-2, abs=1e-6)
+    assert divergence.kl[finite].mean() == pytest.approx(exact.mean(), rel=1e-3)
     assert np.array_equal(divergence.same_top, logits.argmax(1) == other.argmax(1))
     assert stored_reference(tmp_path, {"model": "b"}, 70, 5000, run)[1] is False
 
@@ -272,9 +298,11 @@ def test_kl_of_runs_against_a_stored_reference(smollm2_path, tmp_path, monkeypat
     assert same["summary"]["same_top_token"] == 1.0
     assert 0.3 < int8["ratio"]["value"] < 3
     assert peer["summary"] is None
-    stored = list((tmp_path / "references").glob("*.log"))
-    assert len(stored) == 1
-    assert "stored before" in run_verb(*shared, "--run", "native")
+    (stored,) = (tmp_path / "references").glob("*.log")
+    assert stored.stat().st_size == 2 * 64 * 49152
+    before = stored.stat().st_mtime_ns
+    run_verb(*shared, "--run", "native")
+    assert stored.stat().st_mtime_ns == before
     with pytest.raises(TextError, match="windows of 32 tokens"):
         run_verb("kl", smollm2_path, "--text", tmp_path / "text", "--tokens", "6400", "--window", "32")
 
