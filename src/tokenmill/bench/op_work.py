@@ -15,6 +15,7 @@ from tokenmill.program.ops import (
     Attention,
     Embed,
     GatedActivation,
+    GatherSampled,
     LinearGroup,
     LinearPart,
     Op,
@@ -73,6 +74,8 @@ def op_work(
         case Embed():
             n, k = program.weights[op.weight]
             memory_bytes = plan.tokens * _native.packed_bytes(int(formats[op.weight]), n, k) // n
+        case GatherSampled():
+            activation_bytes = 2 * _value_bytes(op.out, rows)  # the other rows are not read
         case Attention():
             seen, read = _visible(plan, op.window)
             spec = groups[op.group]

@@ -131,7 +131,7 @@ def _compare(record: Record) -> list[str]:
         lines += [
             "",
             f"**{work['name']}**, {record['model']}: {many}{work['input_tokens']} tokens in, "
-            f"{work['output_tokens']} out, {comparison['threads']} threads, {comparison['rounds']} rounds in turn.",
+            f"{work['output_tokens']} out, {comparison['threads']} threads, rounds in turn: {comparison['rounds']}.",
             "",
         ]
         metrics = list(engines[0]["samples"])
@@ -365,21 +365,22 @@ _SECTIONS: dict[str, tuple[str, Callable[[Record], list[str]]]] = {
 
 
 def _headline(records: Iterable[Record]) -> list[str]:
-    """One row for each model and engine that was compared with."""
-    rows = []
+    """One row for each model and engine that was compared with; workloads may come from several files."""
+    ratios: dict[tuple[str, str], dict[str, Any]] = {}
     for record in records:
-        if record["kind"] != "compare":
-            continue
-        ratios: dict[str, dict[str, Any]] = {}
-        for comparison in record["comparisons"]:
+        for comparison in record["comparisons"] if record["kind"] == "compare" else ():
             for engine in comparison["engines"][1:]:
-                ratios.setdefault(engine["name"], {}).update(engine["ratios"])
-        for name, own in ratios.items():
-            cells = [
+                ratios.setdefault((str(record["model"]), engine["name"]), {}).update(engine["ratios"])
+    rows = [
+        (
+            *place,
+            *(
                 _spread(own.get(f"{metric}_tokens_per_second"), 2) or "not measured"
                 for metric in ("prefill", "decode", "output")
-            ]
-            rows.append((str(record["model"]), name, *cells))
+            ),
+        )
+        for place, own in ratios.items()
+    ]
     if not rows:
         return ["No comparison has been recorded yet."]
     head = ("model", "engine", "prefill: tokenmill / it", "decode: tokenmill / it", "many requests: tokenmill / it")
