@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import httpx
 
 
+_KIND_CHARACTERS = 80
+"""Errors that begin alike are counted together; each exchange keeps its own in full."""
+
+
 class TraceError(TokenmillError):
     """A trace that cannot be read; names the line."""
 
@@ -302,7 +306,8 @@ def _report(exchanges: list[Exchange], seconds: float, load: float, ttft_bound: 
     errors: dict[str, int] = {}
     for exchange in exchanges:
         if exchange.error is not None:
-            errors[exchange.error] = errors.get(exchange.error, 0) + 1
+            kind = exchange.error[:_KIND_CHARACTERS]
+            errors[kind] = errors.get(kind, 0) + 1
     ttft = [exchange.ttft for exchange in good if exchange.ttft is not None]
     itl = [exchange.itl for exchange in good if exchange.itl is not None]
     whole = [exchange.last for exchange in good if exchange.last is not None]
