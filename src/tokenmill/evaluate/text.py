@@ -12,8 +12,9 @@ import ast
 import hashlib
 import importlib.metadata
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -28,6 +29,10 @@ _MOST_CHARACTERS = 30_000
 
 class TextError(TokenmillError):
     """A text that cannot be read or is too short to measure on."""
+
+
+Source = tuple[str, Callable[[], str | None]]
+"""A document's name, and what reads it."""
 
 
 class Kind(Enum):
@@ -65,9 +70,10 @@ def documents(kind: Kind, part: Part, folder: Path | None = None) -> Iterator[tu
         yield from (document for document in chain.from_iterable(pairs) if document is not None)
         return
     folder = folder or Path(sysconfig.get_paths()["stdlib"])
-    sources = _code(folder) if kind is Kind.CODE else _prose(folder)
-    for name, text in sorted(sources, key=lambda document: _hash(document[0])):
-        if part_of(name) is part and len(text) >= _LEAST_CHARACTERS:
+    sources = dict(_code(folder) if kind is Kind.CODE else _prose(folder))  # equal licences come once
+    for name in sorted(sources, key=_hash):
+        text = sources[name]() if part_of(name) is part else None
+        if text is not None and len(text) >= _LEAST_CHARACTERS:
             yield name, text[:_MOST_CHARACTERS]
 
 
@@ -112,36 +118,29 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def _code(folder: Path) -> Iterator[tuple[str, str]]:
+def _code(folder: Path) -> Iterator[Source]:
     for path in folder.rglob("*.py"):
         inside = path.relative_to(folder)
-        if {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"} & set(inside.parts):
-            continue
-        text = _read(path)
-        if text is not None:
-            yield f"code/{inside.as_posix()}", text
+        if not {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"} & set(inside.parts):
+            yield f"code/{inside.as_posix()}", partial(_read, path)
 
 
-def _prose(folder: Path) -> Iterator[tuple[str, str]]:
+def _prose(folder: Path) -> Iterator[Source]:
     yield from _topics(folder)
-    for name, text in _code(folder):
-        docstrings = SEPARATOR.join(_docstrings(text))
+    for name, load in _code(folder):
         # Under the source's name, so that a docstring is in the same part as the file that it comes from.
-        yield name, docstrings
+        yield name, partial(_docstrings, load)
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]
-        description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
-        if isinstance(description, str):
-            yield f"description/{name}", description
+        yield f"description/{distribution.metadata['Name']}", partial(_description, distribution)
         for file in distribution.files or ():
             if file.name.upper().startswith(("LICENSE", "LICENCE", "COPYING", "NOTICE")) and file.suffix != ".py":
                 licence = _read(Path(str(file.locate())))
                 if licence is not None:
                     # Many packages carry the same licence: named by its contents, it is in one part only.
-                    yield f"licence/{text_digest(licence)}", licence
+                    yield f"licence/{text_digest(licence)}", partial(str, licence)
 
 
-def _topics(folder: Path) -> Iterator[tuple[str, str]]:
+def _topics(folder: Path) -> Iterator[Source]:
     """The language reference that ``help()`` shows."""
     source = _read(folder / "pydoc_data" / "topics.py")
     if source is None:
@@ -149,19 +148,25 @@ def _topics(folder: Path) -> Iterator[tuple[str, str]]:
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
             for name, text in ast.literal_eval(node.value).items():
-                yield f"topic/{name}", text
+                yield f"topic/{name}", partial(str, text)
 
 
-def _docstrings(source: str) -> Iterator[str]:
+def _docstrings(load: Callable[[], str | None]) -> str:
     try:
-        tree = ast.parse(source)
+        tree = ast.parse(load() or "")
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) > 80:
-                yield text
+        return ""
+    found = (
+        ast.get_docstring(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    return SEPARATOR.join(text for text in found if text and len(text) > 80)
+
+
+def _description(distribution: importlib.metadata.Distribution) -> str | None:
+    description = distribution.metadata.get_payload()  # type: ignore[attr-defined]
+    return description if isinstance(description, str) else None
 
 
 def _read(path: Path) -> str | None:
