@@ -148,6 +148,11 @@ void bind_executor(nb::module_& m) {
         const nb::gil_scoped_release release;
         self.executor.run(words, first, last);
       }, "plan"_a, "first"_a, "last"_a, "Executes ops [first, last) without the GIL. Raises ValueError for a bad plan.")
+      .def("run_timed", [](BoundExecutor& self, const Words& plan) {
+        const std::span<const int32_t> words = as_span(plan);
+        const nb::gil_scoped_release release;
+        return self.executor.run_timed(words);
+      }, "plan"_a, "Executes all ops without the GIL; seconds of preparing the step, then of each op.")
       .def("diagnose", [](BoundExecutor& self, const Words& plan, int32_t sampled_row) {
         const std::span<const int32_t> words = as_span(plan);
         const nb::gil_scoped_release release;

@@ -1,6 +1,7 @@
 #include "executor/executor.h"
 
 #include <algorithm>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 
@@ -219,6 +220,30 @@ void Executor::run(std::span<const int32_t> words, int32_t first, int32_t last) 
   const StepContext step = context(plan);
   start(step);
   for (int32_t i = first; i < last; ++i) ops_[static_cast<size_t>(i)]->run(step);
+}
+
+std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  seconds.reserve(ops_.size() + 1);
+  const std::lock_guard<std::mutex> lock(running_);
+  const StepPlan plan = read(words);
+  live_plan_.assign(words.begin(), words.end());
+  const FloatEnvironment environment;
+  Clock::time_point before = Clock::now();
+  const auto lap = [&] {
+    const Clock::time_point now = Clock::now();
+    seconds.push_back(std::chrono::duration<double>(now - before).count());
+    before = now;
+  };
+  const StepContext step = context(plan);
+  start(step);
+  lap();
+  for (const auto& op : ops_) {
+    op->run(step);
+    lap();
+  }
+  return seconds;
 }
 
 int32_t Executor::diagnose(std::span<const int32_t> words, int32_t sampled_row) {

@@ -99,6 +99,11 @@ class Executor:
         Executes ops [first, last) without the GIL. Raises ValueError for a bad plan.
         """
 
+    def run_timed(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[float]:
+        """
+        Executes all ops without the GIL; seconds of preparing the step, then of each op.
+        """
+
     def diagnose(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], sampled_row: int) -> int:
         """Index of the first op with a non-finite result, or -1."""
 
@@ -169,6 +174,11 @@ def int8_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float:
 def f32_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float:
     """
     Best rate of fp32 multiply and add operations of the path in use, from registers.
+    """
+
+def bf16_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float | None:
+    """
+    Best rate of bf16 multiply and add operations, from registers; None if the processor has no such instruction.
     """
 
 class SamplerSettings:

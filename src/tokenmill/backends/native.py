@@ -29,6 +29,7 @@ from tokenmill.program.ops import (
     Rows,
     SoftCap,
     Value,
+    WeightFormat,
 )
 from tokenmill.program.program import Program
 from tokenmill.program.step import StepPlan
@@ -113,6 +114,13 @@ class NativeBackend:
             for name, value in values
         }
 
+    def run_timed(self, plan: StepPlan) -> list[float]:
+        """Executes the whole program and returns seconds: of preparing the step, then of each op of ``program``.
+
+        The same work as :meth:`run` with a clock read between ops. Raises ValueError if the plan exceeds the limits.
+        """
+        return self._open().run_timed(plan.buffer)
+
     def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
         """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
 
@@ -129,6 +137,10 @@ class NativeBackend:
         """Drops the executor with its threads, buffers and KV pages; views that are still held keep them alive."""
         self._executor = None
         self._matrices.clear()
+
+    def matrix_format(self, name: str) -> WeightFormat:
+        """The packed format of matrix ``name``. Raises KeyError."""
+        return self._weights.matrix(name).format
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ import typer
 from tokenmill.cli.bench import bench
 from tokenmill.cli.chat import chat
 from tokenmill.cli.doctor import doctor
+from tokenmill.cli.eval import evaluate
 from tokenmill.cli.generate import generate
 from tokenmill.cli.list import list_models
 from tokenmill.cli.pull import pull_models
@@ -38,6 +39,7 @@ app.command("list")(list_models)
 app.command("show")(show)
 app.command("doctor")(doctor)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluate, name="eval")
 
 
 @app.callback(invoke_without_command=True)

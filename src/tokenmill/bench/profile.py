@@ -1,0 +1,219 @@
+"""Where a step's time goes, op by op, and what the machine's limits would allow for each.
+
+An op's limit is the longest of three times: its weights, keys and values at memory bandwidth, its values at the
+bandwidth of the last-level cache, its operations at the int8 or fp32 peak (roofline model, Williams, Waterman and
+Patterson 2009). Limits are measured just before and just after, and the faster ones count.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokenmill import _native
+from tokenmill.backends.backend import StepLimits
+from tokenmill.backends.native import NativeBackend
+from tokenmill.bare_model import open_bare
+from tokenmill.bench.op_work import OpWork, op_work
+from tokenmill.bench.roofline import MEMORY_WORKING_SET
+from tokenmill.program.kv import PAGE_TOKENS, KvElement
+from tokenmill.program.step import SequenceStep, StepPlan, lay_plan
+
+_LIMIT_SECONDS = 0.15
+_CACHE_WORKING_SET = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLimits:
+    """Bytes and operations per second."""
+
+    memory: float
+    cache: float
+    int8: float
+    f32: float
+
+    def seconds(self, work: OpWork) -> float:
+        """The least time that ``work`` takes."""
+        compute = work.int8_operations / self.int8 + work.float_operations / self.f32
+        return max(work.memory_bytes / self.memory, work.activation_bytes / self.cache, compute)
+
+
+@dataclass(frozen=True, slots=True)
+class OpTime:
+    """One op of the step: median seconds, and the least that the limits allow."""
+
+    role: str
+    seconds: float
+    limit_seconds: float
+    memory_bytes: int
+    activation_bytes: int
+    operations: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoleTime:
+    """All ops of one role (one per layer, mostly)."""
+
+    role: str
+    count: int
+    seconds: float
+    limit_seconds: float
+    bytes: int
+    operations: int
+
+    @property
+    def share_of_limit(self) -> float:
+        return self.limit_seconds / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """One kind of step: the round with the median time, so that its parts add up.
+
+    ``seconds`` is the whole timed step as Python sees it; ``untimed_seconds`` a median step without clock reads.
+    """
+
+    phase: str
+    tokens: int
+    sequences: int
+    depth: int
+    seconds: float
+    untimed_seconds: float
+    prepare_seconds: float
+    """Rope tables and attention schedules, before the first op."""
+    limit_seconds: float
+    ops: tuple[OpTime, ...]
+    roles: tuple[RoleTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A model's steps on this machine."""
+
+    isa: str
+    threads: int
+    limits: ProfileLimits
+    steps: tuple[StepProfile, ...]
+
+
+def profile_model(
+    path: Path,
+    *,
+    prompt_tokens: int = 512,
+    depth: int = 512,
+    sequences: int = 1,
+    rounds: int = 10,
+    threads: int = 0,
+    kv_element: KvElement = KvElement.F16,
+) -> Profile:
+    """Profiles a prefill chunk of ``prompt_tokens`` and a decode step of ``sequences`` sequences at ``depth`` slots.
+
+    Raises ModelFileError, UnsupportedModelError and UsageError as :func:`tokenmill.bare_model.open_bare` does.
+    """
+    context = max(prompt_tokens, depth + 1)
+    limits = StepLimits(max(prompt_tokens, sequences), sequences, sequences, context)
+    before = _limits(threads)
+    with open_bare(path, limits, kv_element=kv_element, threads=threads) as model:
+        backend = model.backend
+        assert isinstance(backend, NativeBackend)
+        random = np.random.default_rng(0)
+        vocabulary = backend.program.vocab_size
+        tables = _tables(backend, sequences, context)
+
+        def step(count: int, first: int, many: int) -> StepPlan:
+            parts = [
+                SequenceStep(random.integers(0, vocabulary, count).astype(np.int32), first, tables[s], [count - 1])
+                for s in range(many)
+            ]
+            return lay_plan(parts, len(backend.kv_groups))
+
+        for s in range(sequences):  # keys and values for the decode step to read
+            for first in range(0, depth, prompt_tokens):
+                count = min(prompt_tokens, depth - first)
+                part = SequenceStep(random.integers(0, vocabulary, count).astype(np.int32), first, tables[s])
+                backend.run(lay_plan([part], len(backend.kv_groups)), outputs=())
+        plans = {
+            "decode": (step(1, depth, sequences), depth),
+            "prefill": (step(prompt_tokens, 0, 1), 0),  # last: it writes over slots that decode reads
+        }
+        times = {phase: _time(backend, plan, rounds) for phase, (plan, _) in plans.items()}
+        after = _limits(threads)
+        best = ProfileLimits(*(max(a, b) for a, b in zip(_tuple(before), _tuple(after), strict=True)))
+        formats = {name: backend.matrix_format(name) for name in backend.program.matrices()}
+        steps = []
+        for phase in ("prefill", "decode"):
+            plan, first = plans[phase]
+            untimed, seconds, laps = times[phase]
+            work = [op_work(op, backend.program, plan, formats, backend.kv_groups) for op in backend.program.ops]
+            steps.append(_profile(phase, plan, first, (untimed, seconds), laps, work, best))
+        return Profile(_native.active_isa(), backend.threads, best, tuple(steps))
+
+
+def _tables(backend: NativeBackend, sequences: int, context: int) -> list[list[list[int]]]:
+    """Page tables per sequence and group, page after page."""
+    pages = -(-context // PAGE_TOKENS)
+    return [[list(range(s * pages, (s + 1) * pages)) for _ in backend.kv_groups] for s in range(sequences)]
+
+
+def _time(backend: NativeBackend, plan: StepPlan, rounds: int) -> tuple[float, float, list[float]]:
+    """Seconds of a median untimed step, and seconds and laps of the median timed one; in turn, after a warm-up."""
+    backend.run(plan, outputs=())
+    untimed, timed = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        backend.run(plan, outputs=())
+        middle = time.perf_counter()
+        laps = backend.run_timed(plan)
+        timed.append((time.perf_counter() - middle, laps))
+        untimed.append(middle - start)
+    seconds, laps = sorted(timed)[len(timed) // 2]
+    return statistics.median(untimed), seconds, laps
+
+
+def _profile(
+    phase: str,
+    plan: StepPlan,
+    depth: int,
+    whole: tuple[float, float],
+    laps: Sequence[float],
+    work: Sequence[OpWork],
+    limits: ProfileLimits,
+) -> StepProfile:
+    ops = tuple(
+        OpTime(w.role, seconds, limits.seconds(w), w.memory_bytes, w.activation_bytes, w.operations)
+        for w, seconds in zip(work, laps[1:], strict=True)
+    )
+    roles: dict[str, list[OpTime]] = {}
+    for op in ops:
+        roles.setdefault(op.role, []).append(op)
+    totals = tuple(
+        RoleTime(
+            role,
+            len(group),
+            sum(op.seconds for op in group),
+            sum(op.limit_seconds for op in group),
+            sum(op.memory_bytes + op.activation_bytes for op in group),
+            sum(op.operations for op in group),
+        )
+        for role, group in roles.items()
+    )
+    limit = sum(op.limit_seconds for op in ops)
+    return StepProfile(phase, plan.tokens, plan.sequences, depth, whole[1], whole[0], laps[0], limit, ops, totals)
+
+
+def _limits(threads: int) -> ProfileLimits:
+    return ProfileLimits(
+        _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, _LIMIT_SECONDS),
+        _native.read_bytes_per_second(_CACHE_WORKING_SET, threads, _LIMIT_SECONDS),
+        _native.int8_operations_per_second(threads, _LIMIT_SECONDS),
+        _native.f32_operations_per_second(threads, _LIMIT_SECONDS),
+    )
+
+
+def _tuple(limits: ProfileLimits) -> tuple[float, float, float, float]:
+    return limits.memory, limits.cache, limits.int8, limits.f32
