@@ -29,6 +29,27 @@ _FIXED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedCore:
+    """A model ready to run, without a thread that runs it. ``seconds`` says where the start's time went."""
+
+    bound: BoundModel
+    ledger: MemoryLedger
+    core: EngineCore
+    seconds: Mapping[str, float]
+    close: Callable[[], None]
+    """Frees everything; the core is then gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelText:
+    """The side of a model that deals in text."""
+
+    tokenizer: Tokenizer
+    generation_defaults: Mapping[str, Any]
+    """Sampling parameters that the model's authors recommend."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run. ``seconds`` says where the start's time went."""
 
@@ -80,6 +101,23 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
 
     Raises ModelFileError, UnsupportedModelError, MemoryLimitError and UsageError; nothing stays open then.
     """
+    texts: list[ModelText] = []  # read between the file's header and its weights: a broken tokenizer is found early
+    loaded = load_core(config, path, read_text=lambda checkpoint: texts.append(_text(config, checkpoint)))
+    engine = Engine(loaded.core, on_close=loaded.close)
+    text = texts[0]
+    return LoadedModel(
+        path, loaded.bound, text.tokenizer, text.generation_defaults, loaded.ledger, engine, loaded.seconds
+    )
+
+
+def load_core(
+    config: EngineConfig, path: Path, read_text: Callable[[Checkpoint], None] | None = None
+) -> LoadedCore:
+    """Loads the checkpoint at ``path``, for a caller who runs the core. ``read_text`` is called with the open
+    checkpoint before its weights are read.
+
+    Raises as :func:`load_model` does.
+    """
     clock = _Clock()
     open_parts: list[Callable[[], None]] = []
     _check_instruction_set()
@@ -90,8 +128,9 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
-        clock.lap("load the tokenizer")
+        if read_text is not None:
+            read_text(checkpoint)
+            clock.lap("load the tokenizer")
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
@@ -105,12 +144,28 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
             backend, core, actual = _allocate(config, program, weights, ledger)
         open_parts.append(backend.close)
         ledger = actual.checked()
-        engine = Engine(core, on_close=lambda: _close_all(open_parts))
     except BaseException:
         _close_all(open_parts)
         raise
     clock.lap("prepare the kernels")
-    return LoadedModel(path, bound, tokenizer, dict(checkpoint.generation_defaults), ledger, engine, clock.seconds)
+    return LoadedCore(bound, ledger, core, clock.seconds, lambda: _close_all(open_parts))
+
+
+def load_text(config: EngineConfig, path: Path) -> ModelText:
+    """Tokenizer and defaults of the checkpoint at ``path``, for a process that does not run the model.
+
+    Raises ModelFileError and UnsupportedModelError.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        return _text(config, checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def _text(config: EngineConfig, checkpoint: Checkpoint) -> ModelText:
+    tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
+    return ModelText(tokenizer, dict(checkpoint.generation_defaults))
 
 
 def _check_instruction_set() -> None:

@@ -132,6 +132,13 @@ class PagePool:
             self._nodes[page] = None
             self._tree.prune(node)
 
+    def forget_cached(self) -> None:
+        """Frees every page that only the tree knows."""
+        while self._cached:
+            page, _ = self._cached.popitem(last=False)
+            self.forget(page)
+            self._free.append(page)
+
     def check(self, holders: Counter[int]) -> None:
         """Raises AssertionError if counts, lists or tree contradict each other or ``holders``, references by page."""
         free, cached = set(self._free), set(self._cached)
@@ -245,6 +252,11 @@ class KvCache:
         pages.tail.users -= 1
         self._tree.prune(pages.tail)
         pages.length = 0
+
+    def forget_cached(self) -> None:
+        """Frees every cached page: later prompts are computed from their beginning."""
+        for pool in self._pools:
+            pool.forget_cached()
 
     def check(self) -> None:
         """Raises AssertionError if pages are lost, held twice or miscounted (for tests and when idle)."""
