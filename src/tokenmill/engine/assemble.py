@@ -110,9 +110,7 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
     )
 
 
-def load_core(
-    config: EngineConfig, path: Path, read_text: Callable[[Checkpoint], None] | None = None
-) -> LoadedCore:
+def load_core(config: EngineConfig, path: Path, read_text: Callable[[Checkpoint], None] | None = None) -> LoadedCore:
     """Loads the checkpoint at ``path``, for a caller who runs the core. ``read_text`` is called with the open
     checkpoint before its weights are read.
 

@@ -25,6 +25,7 @@ from tokenmill.engine.messages import (
     AbortRequest,
     AddRequest,
     EngineDeadError,
+    EngineError,
     Event,
     Failed,
     Finished,
@@ -71,22 +72,27 @@ class EventStream:
 
     def __init__(self) -> None:
         self._events: deque[tuple[float, Event]] = deque()
-        self._error: EngineDeadError | None = None
+        self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def next_events(self) -> list[tuple[float, Event]]:
+    async def next_events(self, timeout: float | None = None) -> list[tuple[float, Event]]:
         """Waits until there is an event and takes all there are; a slow reader gets several at once.
 
-        Times are ``time.monotonic()`` seconds. Raises EngineDeadError if there never will be another.
+        Times are ``time.monotonic()`` seconds. Empty after ``timeout`` seconds without an event. Raises the error that
+        the stream :meth:`failed <fail>` with, once its events are read.
         """
-        while not self._events:
-            if self._error is not None:
-                raise EngineDeadError(str(self._error))
-            self._waiter = asyncio.get_running_loop().create_future()
+        if not self._events and self._error is None:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            alarm = None if timeout is None else loop.call_later(timeout, self._wake)
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+                if alarm is not None:
+                    alarm.cancel()
+        if not self._events and self._error is not None:
+            raise type(self._error)(*self._error.args)
         events = list(self._events)
         self._events.clear()
         return events
@@ -95,7 +101,8 @@ class EventStream:
         self._events.append((now, event))
         self._wake()
 
-    def fail(self, error: EngineDeadError) -> None:
+    def fail(self, error: EngineError) -> None:
+        """No more events: whoever waits for one gets ``error``."""
         self._error = self._error or error
         self._wake()
 
@@ -107,7 +114,8 @@ class EventStream:
 class EngineProcess:
     """Starts, drives and restarts the engine's process. All methods belong to one event loop.
 
-    ``on_report`` is called with the engine's state after every step, ``on_death`` with the reason when it ends unasked.
+    ``on_report`` is called with the engine's state after every step, ``on_death`` with the reason when it ends unasked,
+    ``on_restart`` when the next one is ready.
     """
 
     def __init__(
@@ -117,11 +125,13 @@ class EngineProcess:
         *,
         on_report: Callable[[EngineReport], None] = lambda _: None,
         on_death: Callable[[str], None] = lambda _: None,
+        on_restart: Callable[[EngineReady], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._path = path
         self._on_report = on_report
         self._on_death = on_death
+        self._on_restart = on_restart
         self.state = EngineState.STARTING
         self.reason = "the engine is starting"
         """Why there is no engine, while there is none."""
@@ -226,12 +236,12 @@ class EngineProcess:
         config = {field.name: getattr(self._config, field.name) for field in dataclasses.fields(self._config)}
         plain = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in config.items()}
         self._send(LoadModel(os.fspath(self._path), plain))
-        for message in await self._receive() or []:
-            if isinstance(message, EngineReady):
-                self.state, self.reason = EngineState.RUNNING, ""
-                return message
-            if isinstance(message, EngineFailed):
-                raise EngineStartError(message.error, message.exit_code)
+        match await self._receive():
+            case [EngineReady() as ready, EngineReport() as report]:
+                self.state, self.reason, self.report = EngineState.RUNNING, "", report
+                return ready
+            case [EngineFailed(error, exit_code)]:
+                raise EngineStartError(error, exit_code)
         raise EngineStartError(f"{await self._cause_of_death()} while it loaded the model")
 
     async def _supervise(self) -> None:
@@ -248,8 +258,9 @@ class EngineProcess:
                 delay = min(2 * delay, LONGEST_DELAY)
                 await self._reap()
                 try:
-                    await self._launch()
+                    ready = await self._launch()
                     self.restarts += 1
+                    self._on_restart(ready)
                 except (EngineStartError, OSError) as error:
                     self._die(f"the engine could not be started again: {error}")
 
@@ -263,7 +274,7 @@ class EngineProcess:
                     self._on_report(message)
                 elif isinstance(message, EngineFailed):
                     return message.error
-                else:
+                elif not isinstance(message, EngineReady):
                     self._deliver(now, message)
         return None
 
