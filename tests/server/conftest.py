@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served_model import RunningServer, serving, write_speaking_model
+from served_model import SMALL, RunningServer, serving, write_speaking_model
 
-SMALL = ("--memory", "600MB", "--max-model-len", "2048", "--threads", "1", "--max-num-seqs", "8")
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ CHAT_TEMPLATE = (
 )
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 NAME = "tiny"
+SMALL = ("--memory", "600MB", "--max-model-len", "2048", "--threads", "1", "--max-num-seqs", "8")
 
 
 def write_speaking_model(path: Path) -> Path:
@@ -56,16 +57,17 @@ class RunningServer:
         self.process = process
         self.url = url
         self.log = log
+        self._client = httpx.Client(timeout=60, trust_env=False, verify=False)
 
     @property
     def port(self) -> int:
         return int(self.url.rsplit(":", 1)[1])
 
     def get(self, path: str, **options: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **options)  # type: ignore[arg-type]
+        return self._client.get(self.url + path, **options)  # type: ignore[arg-type]
 
     def post(self, path: str, body: object = None, **options: object) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60, **options)  # type: ignore[arg-type]
+        return self._client.post(self.url + path, json=body, **options)  # type: ignore[arg-type]
 
     def complete(self, prompt: object = "hello", **parameters: object) -> httpx.Response:
         return self.post("/v1/completions", {"prompt": prompt, "temperature": 0, "ignore_eos": True, **parameters})

@@ -42,6 +42,8 @@ _HTTP_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SAMPLES = (1, 2, 5, 10, 20)
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
+REJECTIONS = ("queue_full", "draining", "engine_dead", "unauthorized", "body_too_large")
+CANCELLATIONS = ("client_gone", "aborted", "shutdown")
 
 
 def token_buckets(longest: int) -> tuple[int, ...]:
@@ -122,12 +124,15 @@ class Metrics:
         self._pages = Gauge(
             "tokenmill:kv_pages", "KV pages by state", [*self._labels, "group", "state"], registry=self.registry
         )
-        self._rejected = Counter(
+        # Every reason is there from the start: a rate over a series that appears with its first event misses it.
+        rejected = Counter(
             "tokenmill:requests_rejected", "Requests refused", [*self._labels, "reason"], registry=self.registry
         )
-        self._cancelled = Counter(
+        self._rejected = {reason: rejected.labels(**self._labels, reason=reason) for reason in REJECTIONS}
+        cancelled = Counter(
             "tokenmill:requests_cancelled", "Requests stopped", [*self._labels, "reason"], registry=self.registry
         )
+        self._cancelled = {reason: cancelled.labels(**self._labels, reason=reason) for reason in CANCELLATIONS}
         self._up = gauge("tokenmill:engine_up", "1 while the engine runs")
         self._deaths = counter("tokenmill:engine_deaths", "Times that the engine process died")
         self._http = Counter("http_requests", "HTTP requests", ["method", "handler", "status"], registry=self.registry)
@@ -238,14 +243,14 @@ class Metrics:
         self._request_most.observe(longest_output)
 
     def rejected(self, reason: str) -> None:
-        """``reason``: queue_full, draining, engine_dead, unauthorized, body_too_large."""
-        self._rejected.labels(**self._labels, reason=reason).inc()
+        """``reason`` is one of REJECTIONS."""
+        self._rejected[reason].inc()
         if reason == "queue_full":
             self._queue_full.inc()
 
     def cancelled(self, reason: str) -> None:
-        """``reason``: client_gone, aborted, shutdown."""
-        self._cancelled.labels(**self._labels, reason=reason).inc()
+        """``reason`` is one of CANCELLATIONS."""
+        self._cancelled[reason].inc()
 
     def http_request(self, method: str, handler: str, status: int, seconds: float) -> None:
         self._http.labels(method, handler, status).inc()
