@@ -9,7 +9,6 @@ import pytest
 from served_model import SMALL, RunningServer, serving, write_speaking_model
 
 
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_speaking_model(tmp_path_factory.mktemp("served") / "tiny.gguf")

@@ -57,7 +57,7 @@ class RunningServer:
         self.process = process
         self.url = url
         self.log = log
-        self._client = httpx.Client(timeout=60, trust_env=False, verify=False)
+        self._client = httpx.Client(timeout=120, trust_env=False, verify=False)
 
     @property
     def port(self) -> int:
@@ -87,7 +87,7 @@ class RunningServer:
                 total += float(match[2])
         return total
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 30) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n" + "\n".join(self.log[-20:])
@@ -96,16 +96,18 @@ class RunningServer:
     def until_idle(self) -> None:
         """Until no request runs and no page is held."""
         self.until(
-            lambda: self.metric("tokenmill:kv_pages", state="used") == 0
-            and self.metric("vllm:num_requests_running") == 0
-            and self.metric("vllm:num_requests_waiting") == 0,
+            lambda: (
+                self.metric("tokenmill:kv_pages", state="used") == 0
+                and self.metric("vllm:num_requests_running") == 0
+                and self.metric("vllm:num_requests_waiting") == 0
+            ),
             "every page is back",
         )
 
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
 
 def command(model: Path, *options: str) -> list[str]:
@@ -125,7 +127,9 @@ def serving(model: Path, *options: str, name: str = NAME, port: int = 0) -> Iter
     log: list[str] = []
     assert process.stderr is not None
     assert process.stdout is not None
-    reader = threading.Thread(target=lambda lines: log.extend(line.rstrip("\n") for line in lines), args=[process.stderr])
+    reader = threading.Thread(
+        target=lambda lines: log.extend(line.rstrip("\n") for line in lines), args=[process.stderr]
+    )
     reader.start()
     try:
         address = re.search(r"(https?://\S+)/v1$", process.stdout.readline().rstrip())

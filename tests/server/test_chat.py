@@ -80,7 +80,9 @@ def test_n_answers_stream_side_by_side(client: openai.OpenAI) -> None:
 
 
 def test_content_parts_are_joined_and_images_refused(client: openai.OpenAI) -> None:
-    parts: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "rain?"}]}]
+    parts: list[Any] = [
+        {"role": "user", "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "rain?"}]}
+    ]
     plain: list[Any] = [{"role": "user", "content": "What is\nrain?"}]
     both = [client.chat.completions.create(messages=each, **GREEDY) for each in (parts, plain)]
     assert both[0].choices[0].message.content == both[1].choices[0].message.content

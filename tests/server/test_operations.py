@@ -91,7 +91,10 @@ def test_keys_guard_every_route_but_health(tiny_model: Path) -> None:
             for method in methods:
                 for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic alpha"}):
                     status = server._client.request(method, server.url + path, headers=header).status_code
-                    assert (status == 200) if path in ("/health", "/ready", "/ping") else (status == 401), (method, path)
+                    assert (status == 200) if path in ("/health", "/ready", "/ping") else (status == 401), (
+                        method,
+                        path,
+                    )
         for header in ({"authorization": "Bearer alpha"}, {"authorization": "bearer beta"}, {"x-api-key": "beta"}):
             assert server.post("/v1/completions", COMPLETION, headers=header).status_code == 200
             assert server.post("/reset_prefix_cache", headers=header).status_code == 401

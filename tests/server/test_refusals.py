@@ -84,9 +84,7 @@ def error_of(answer: Any, status: int = 400) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("param", "given"), BAD_COMPLETIONS, ids=lambda value: json.dumps(value)[:40])
-def test_a_completion_parameter_that_cannot_be(
-    server: RunningServer, param: str | None, given: dict[str, Any]
-) -> None:
+def test_a_completion_parameter_that_cannot_be(server: RunningServer, param: str | None, given: dict[str, Any]) -> None:
     error = error_of(server.post("/v1/completions", {**TEXT, **given}))
     name = param or next(iter(given))
     assert error["param"] in (param, name)
