@@ -46,7 +46,9 @@ def with_engine(
     tiny: tuple[Path, EngineConfig], use: Callable[[EngineProcess], Awaitable[None]], deaths: list[str] | None = None
 ) -> None:
     async def run() -> None:
-        engine = EngineProcess(tiny[1], tiny[0], on_death=lambda cause: None if deaths is None else deaths.append(cause))
+        engine = EngineProcess(
+            tiny[1], tiny[0], on_death=lambda cause: None if deaths is None else deaths.append(cause)
+        )
         await engine.start()
         try:
             await asyncio.wait_for(use(engine), 60)
@@ -182,7 +184,7 @@ def test_an_engine_killed_while_it_loads_says_so(tiny: tuple[Path, EngineConfig]
         os.kill(engine.pid, signal.SIGKILL)
         await starting
 
-    with pytest.raises(EngineStartError, match="SIGKILL.*while it loaded"):
+    with pytest.raises(EngineStartError, match=r"SIGKILL.*while it loaded"):
         asyncio.run(start())
 
 
@@ -193,7 +195,8 @@ from pathlib import Path
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.process import EngineProcess
 async def main():
-    engine = EngineProcess(EngineConfig(model="tiny", max_model_len=64, cache_dir={str(tiny[1].cache_dir)!r}), Path({str(tiny[0])!r}))
+    config = EngineConfig(model="tiny", max_model_len=64, cache_dir={str(tiny[1].cache_dir)!r})
+    engine = EngineProcess(config, Path({str(tiny[0])!r}))
     await engine.start()
     print(engine.pid, flush=True)
     await asyncio.sleep(60)

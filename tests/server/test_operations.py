@@ -127,11 +127,9 @@ def test_admin_routes_are_closed_when_only_users_have_keys(tiny_model: Path) -> 
 
 def test_tls_and_a_chat_template_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-        + ["-keyout", key, "-out", certificate],
-        check=True,
-        capture_output=True,
+        ["openssl", "req", "-x509", *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True
     )
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% endfor %}{{ eos_token }}")

@@ -9,10 +9,19 @@ from starlette.types import ASGIApp
 from tokenmill import __version__
 from tokenmill.server.errors import install_handlers
 from tokenmill.server.gate import Gate
-from tokenmill.server.routes import chat, completions, operations, tokens
+from tokenmill.server.routes import anthropic, chat, completions, infill, operations, pooling, responses, tokens
 from tokenmill.server.served import ServedModel
 
-ROUTERS = (operations.router, completions.router, chat.router, tokens.router)
+ROUTERS = (
+    operations.router,
+    completions.router,
+    chat.router,
+    responses.router,
+    anthropic.router,
+    infill.router,
+    tokens.router,
+    pooling.router,
+)
 
 
 def create_app(served: ServedModel) -> ASGIApp:

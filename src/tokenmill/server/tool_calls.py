@@ -23,7 +23,16 @@ class ToolCall:
     arguments: str
     call_id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
+    def input(self) -> dict[str, Any]:
+        """The arguments as an object, whatever the model wrote."""
+        try:
+            value = json.loads(self.arguments)
+        except (ValueError, RecursionError):
+            value = self.arguments
+        return value if isinstance(value, dict) else {"arguments": value}
+
     def body(self) -> dict[str, Any]:
+        """As in OpenAI's messages."""
         return {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
 
 
@@ -59,6 +68,11 @@ class ToolCallReader:
                     calls += parsed
         self.calls += calls
         return prose, calls
+
+    def read_all(self, text: str) -> tuple[str, list[ToolCall]]:
+        """Prose and calls of a whole output."""
+        prose = self.push(text)[0] + self.flush()[0]
+        return (prose.strip() if self.calls else prose), self.calls
 
     def flush(self) -> tuple[str, list[ToolCall]]:
         """The rest, when no more text comes. A call whose end marker is missing counts if its JSON is whole."""

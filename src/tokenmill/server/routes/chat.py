@@ -207,10 +207,9 @@ class _Answer:
         message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
         finish_reason = output.finish_reason
         if self.body.offered_tools:
-            reader = ToolCallReader()
-            prose = reader.push(output.text)[0] + reader.flush()[0]
-            if reader.calls:
-                message |= {"content": prose.strip() or None, "tool_calls": [call.body() for call in reader.calls]}
+            prose, calls = ToolCallReader().read_all(output.text)
+            if calls:
+                message |= {"content": prose or None, "tool_calls": [call.body() for call in calls]}
                 finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         choice: dict[str, Any] = {
             "index": output.index,

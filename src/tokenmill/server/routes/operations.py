@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import json_response
 
 router = new_router()
+
+_ANSWER_PREFIX = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_)")
 
 
 @router.get("/health")
@@ -84,8 +87,8 @@ class AbortBody(StrictBody):
 
 @router.post("/abort_requests")
 async def abort_requests(body: AbortBody, served: Served) -> Response:
-    """Stops requests by the ids of their answers, with or without the part before the first dash."""
-    bare = [name.removeprefix("chatcmpl-").removeprefix("cmpl-") for name in body.request_ids]
+    """Stops requests by their ids or those of their answers."""
+    bare = [_ANSWER_PREFIX.sub("", name, count=1) for name in body.request_ids]
     return json_response({"aborted": served.abort([*body.request_ids, *bare])})
 
 
