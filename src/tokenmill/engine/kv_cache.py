@@ -132,12 +132,14 @@ class PagePool:
             self._nodes[page] = None
             self._tree.prune(node)
 
-    def forget_cached(self) -> None:
-        """Frees every page that only the tree knows."""
+    def forget_all(self) -> None:
+        """Takes every page out of the tree; those that no sequence holds become free."""
         while self._cached:
             page, _ = self._cached.popitem(last=False)
             self.forget(page)
             self._free.append(page)
+        for page in range(self.total):
+            self.forget(page)
 
     def check(self, holders: Counter[int]) -> None:
         """Raises AssertionError if counts, lists or tree contradict each other or ``holders``, references by page."""
@@ -253,10 +255,10 @@ class KvCache:
         self._tree.prune(pages.tail)
         pages.length = 0
 
-    def forget_cached(self) -> None:
-        """Frees every cached page: later prompts are computed from their beginning."""
+    def reset(self) -> None:
+        """Forgets everything that was computed so far: no sequence that starts later finds it."""
         for pool in self._pools:
-            pool.forget_cached()
+            pool.forget_all()
 
     def check(self) -> None:
         """Raises AssertionError if pages are lost, held twice or miscounted (for tests and when idle)."""

@@ -37,7 +37,7 @@ class LoadModel:
 
 @dataclass(frozen=True, slots=True)
 class ResetPrefixCache:
-    """Forget every cached page that no request holds."""
+    """Forget what was computed so far: no request that starts later finds it."""
 
 
 @dataclass(frozen=True, slots=True)

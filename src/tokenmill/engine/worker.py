@@ -73,7 +73,7 @@ def _serve(connection: socket.socket, core: EngineCore, inbox: _Inbox) -> None:
         events: list[Event] = []
         for message in _waiting_messages(inbox, block=not core.busy):
             if isinstance(message, ResetPrefixCache):
-                core.cache.forget_cached()
+                core.cache.reset()
             else:
                 events += core.handle(message)
         seconds = 0.0

@@ -6,6 +6,7 @@ OpenAI's is ``{"error": {"message", "type", "param", "code"}}``, Anthropic's ``{
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from tokenmill.engine.messages import EngineDeadError, EngineError
+from tokenmill.engine.messages import EngineDeadError, EngineError, EngineOverloadedError
 from tokenmill.errors import TokenmillError, UsageError
 from tokenmill.tokenizer import ChatTemplateError
 from tokenmill.tokenizer.tokenizer import TokenizerError
@@ -46,6 +47,10 @@ class ApiError(Exception):
         return headers
 
 
+class RequestError(EngineError):
+    """The engine found something wrong with the request itself."""
+
+
 class ClientGoneError(EngineError):
     """The client closed its connection; nobody waits for the rest."""
 
@@ -70,6 +75,10 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case EngineDeadError():
             return ApiError(f"the request was lost: {error}", 500, code="engine_dead")
+        case RequestError():
+            return ApiError(str(error))
+        case EngineOverloadedError():
+            return ApiError(str(error), 503, code="overloaded", retry_after=math.ceil(error.retry_after))
         case ClientGoneError():
             return ApiError(str(error), CLIENT_CLOSED)
         case AbortedError():

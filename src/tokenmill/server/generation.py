@@ -12,8 +12,10 @@ import numpy as np
 from tokenmill.engine.messages import (
     AddRequest,
     EngineError,
+    EngineOverloadedError,
     Event,
     Failed,
+    FailureKind,
     Finished,
     FinishReason,
     PromptScored,
@@ -24,6 +26,7 @@ from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChun
 from tokenmill.engine.process import EngineProcess
 from tokenmill.program.step import Int32
 from tokenmill.sampling import SamplingParams
+from tokenmill.server.errors import RequestError
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.tokenizer import Tokenizer
@@ -178,7 +181,7 @@ class Generation:
             case Failed():
                 self._open = {key for key in self._open if key[0] != event.request_id}
                 which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
-                raise EngineError(which + event.error)
+                raise failure(event, which + event.error)
         return None
 
     def _finished(self, event: Finished) -> StreamChunk | None:
@@ -206,6 +209,16 @@ class Generation:
             return
         self._metrics.first_token(now - self.record.arrival)
         self.record.first_token = self.record.first_token or now
+
+
+def failure(event: Failed, message: str) -> EngineError:
+    """What went wrong with a request, as an error that knows whose fault it is."""
+    match event.kind:
+        case FailureKind.REQUEST:
+            return RequestError(message)
+        case FailureKind.OVERLOADED:
+            return EngineOverloadedError(message, event.retry_after or 1.0)
+    return EngineError(message)
 
 
 def prompt_array(token_ids: Sequence[int]) -> Int32:
