@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -125,6 +126,7 @@ def test_admin_routes_are_closed_when_only_users_have_keys(tiny_model: Path) -> 
         assert allowed.headers["access-control-allow-origin"] == "https://app.example"
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="the openssl command makes the certificate")
 def test_tls_and_a_chat_template_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subject = ["-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]

@@ -48,6 +48,8 @@ BAD_COMPLETIONS: list[tuple[str, dict[str, Any]]] = [
     ("structured_outputs", {"structured_outputs": {"regex": "a"}}),
     ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
     ("stream_options", {"stream_options": {"include_usage": True}}),
+    ("stream_options", {"stream": True, "stream_options": {"include_obfuscation": True}}),
+    ("prompt_logprobs", {"stream": True, "prompt_logprobs": 1}),
     ("suffix", {"suffix": "b", "echo": True}),
     ("nonsense", {"nonsense": 1}),
     ("stream_options.nonsense", {"stream": True, "stream_options": {"nonsense": 1}}),

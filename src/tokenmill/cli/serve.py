@@ -73,7 +73,7 @@ def serve(
     if log_format not in ("text", "json"):
         raise UsageError(f"--log-format is {log_format!r}; it must be text or json")
     config = ServerConfig(
-        names=tuple(served_model_name or [model]),
+        names=tuple(served_model_name or [_name_of(model)]),
         host=host,
         port=port,
         api_keys=tuple(api_key or _from_environment("TOKENMILL_API_KEY")),
@@ -108,6 +108,12 @@ def _announce(address: str, served: ServedModel) -> None:
     say(f"ready ({seconds}); Ctrl-C ends")
     say(str(served.ready.ledger))
     print(f"{served.name} is served at {address}/v1", flush=True)
+
+
+def _name_of(model: str) -> str:
+    """How requests call the model: a file or folder by its own name, everything else as it was given."""
+    path = Path(model)
+    return path.resolve().name.removesuffix(".gguf") if path.exists() else model
 
 
 def _from_environment(name: str) -> list[str]:

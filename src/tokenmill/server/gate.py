@@ -54,8 +54,6 @@ class Gate:
         self._served = served
         self._keys = KeyRing(served.config.api_keys)
         self._admin_keys = KeyRing(served.config.admin_api_keys)
-        self.active = 0
-        """Requests that are being answered."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,8 +74,7 @@ class Gate:
                 finished = not message.get("more_body", False)
             await send(message)
 
-        self.active += 1
-        self._served.active_requests = self.active
+        self._served.active_requests += 1
         try:
             refusal = self._refusal(scope, headers)
             if refusal is None:
@@ -85,8 +82,7 @@ class Gate:
             else:
                 await error_response(refusal, scope["path"])(scope, receive, send_noting)
         finally:
-            self.active -= 1
-            self._served.active_requests = self.active
+            self._served.active_requests -= 1
             if not finished:
                 record.status = record.status if record.status >= 400 else CLIENT_CLOSED
             route = scope.get("route")

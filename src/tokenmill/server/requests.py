@@ -159,6 +159,10 @@ class SamplingBody(StrictBody):
                 raise unsupported(name, "is not supported by this server; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is only allowed with stream", param="stream_options")
+        if self.stream_options is not None and self.stream_options.include_obfuscation:
+            raise unsupported("stream_options", "cannot ask for include_obfuscation on this server")
+        if self.prompt_logprobs is not None and self.stream:
+            raise unsupported("prompt_logprobs", "cannot be combined with stream")
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given."""

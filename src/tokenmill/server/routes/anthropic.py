@@ -151,6 +151,11 @@ class MessagesBody(CountBody):
     metadata: dict[str, Any] | None = None
     service_tier: Name | None = None
 
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.service_tier not in (None, "auto", "standard_only"):
+            raise unsupported("service_tier", 'can be "auto" or "standard_only"')
+
 
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: CountBody, served: Served) -> Response:

@@ -111,7 +111,7 @@ async def props(served: Served) -> Response:
             },
             "total_slots": served.ready.ledger.max_num_seqs,
             "model_alias": served.name,
-            "model_path": str(served.path),
+            "model_path": served.path.name,
             "chat_template": tokenizer.chat_template or "",
             "bos_token": _text(served, tokenizer.bos_id),
             "eos_token": _text(served, tokenizer.eos_id),
