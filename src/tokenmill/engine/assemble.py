@@ -29,24 +29,25 @@ _FIXED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedCore:
-    """A model ready to run, without a thread that runs it. ``seconds`` says where the start's time went."""
-
-    bound: BoundModel
-    ledger: MemoryLedger
-    core: EngineCore
-    seconds: Mapping[str, float]
-    close: Callable[[], None]
-    """Frees everything; the core is then gone."""
-
-
-@dataclass(frozen=True, slots=True)
 class ModelText:
     """The side of a model that deals in text."""
 
     tokenizer: Tokenizer
     generation_defaults: Mapping[str, Any]
     """Sampling parameters that the model's authors recommend."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCore:
+    """A model ready to run, without a thread that runs it. ``seconds`` says where the start's time went."""
+
+    bound: BoundModel
+    text: ModelText
+    ledger: MemoryLedger
+    core: EngineCore
+    seconds: Mapping[str, float]
+    close: Callable[[], None]
+    """Frees everything; the core is then gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,21 +102,16 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
 
     Raises ModelFileError, UnsupportedModelError, MemoryLimitError and UsageError; nothing stays open then.
     """
-    texts: list[ModelText] = []  # read between the file's header and its weights: a broken tokenizer is found early
-    loaded = load_core(config, path, read_text=lambda checkpoint: texts.append(_text(config, checkpoint)))
+    loaded = load_core(config, path)
     engine = Engine(loaded.core, on_close=loaded.close)
-    text = texts[0]
+    text = loaded.text
     return LoadedModel(
         path, loaded.bound, text.tokenizer, text.generation_defaults, loaded.ledger, engine, loaded.seconds
     )
 
 
-def load_core(config: EngineConfig, path: Path, read_text: Callable[[Checkpoint], None] | None = None) -> LoadedCore:
-    """Loads the checkpoint at ``path``, for a caller who runs the core. ``read_text`` is called with the open
-    checkpoint before its weights are read.
-
-    Raises as :func:`load_model` does.
-    """
+def load_core(config: EngineConfig, path: Path) -> LoadedCore:
+    """Loads the checkpoint at ``path``, for a caller who runs the core. Raises as :func:`load_model` does."""
     clock = _Clock()
     open_parts: list[Callable[[], None]] = []
     _check_instruction_set()
@@ -126,9 +122,8 @@ def load_core(config: EngineConfig, path: Path, read_text: Callable[[Checkpoint]
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        if read_text is not None:
-            read_text(checkpoint)
-            clock.lap("load the tokenizer")
+        text = _text(config, checkpoint)
+        clock.lap("load the tokenizer")
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
@@ -146,7 +141,7 @@ def load_core(config: EngineConfig, path: Path, read_text: Callable[[Checkpoint]
         _close_all(open_parts)
         raise
     clock.lap("prepare the kernels")
-    return LoadedCore(bound, ledger, core, clock.seconds, lambda: _close_all(open_parts))
+    return LoadedCore(bound, text, ledger, core, clock.seconds, lambda: _close_all(open_parts))
 
 
 def load_text(config: EngineConfig, path: Path) -> ModelText:

@@ -17,7 +17,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tokenmill.engine.core import StepStatistics
 from tokenmill.engine.kv_cache import PoolUsage
 from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import AbortRequest, AddRequest, Failed, Finished, PromptScored, TokenOutput
@@ -66,7 +65,12 @@ class EngineFailed:
 class EngineReport:
     """State between two steps."""
 
-    statistics: StepStatistics
+    steps: int
+    """Since the start, as the next three."""
+    tokens: int
+    """Rows that ran."""
+    sampled: int
+    preemptions: int
     usage: list[PoolUsage]
     """Pages of each KV group."""
     running: int

@@ -146,8 +146,17 @@ def _ready(loaded: LoadedCore) -> EngineReady:
 
 
 def _report(core: EngineCore, seconds: float) -> EngineReport:
-    scheduler = core.scheduler
-    return EngineReport(core.statistics, core.usage(), len(scheduler.running), len(scheduler.waiting), seconds)
+    counters = core.statistics
+    return EngineReport(
+        steps=counters.steps,
+        tokens=counters.tokens,
+        sampled=counters.sampled,
+        preemptions=counters.preemptions,
+        usage=core.usage(),
+        running=len(core.scheduler.running),
+        waiting=len(core.scheduler.waiting),
+        step_seconds=seconds,
+    )
 
 
 def _leave(connection: socket.socket, reason: EngineFailed) -> None:

@@ -186,16 +186,15 @@ class Metrics:
         for group, pool in enumerate(report.usage):
             for state, count in (("free", pool.free), ("used", pool.used), ("cached", pool.cached)):
                 self._pages.labels(**self._labels, group=group, state=state).set(count)
-        seen = report.statistics
         steps, tokens, sampled, preemptions = self._steps_seen
-        if seen.steps > steps:
-            rows = seen.tokens - tokens
+        if report.steps > steps:
+            rows = report.tokens - tokens
             self._step_tokens.observe(rows)
-            phase = "decode" if rows == seen.sampled - sampled else "prefill"
+            phase = "decode" if rows == report.sampled - sampled else "prefill"
             self._step_seconds.labels(**self._labels, phase=phase).observe(report.step_seconds)
-        if seen.preemptions > preemptions:
-            self._preemptions.inc(seen.preemptions - preemptions)
-        self._steps_seen = (seen.steps, seen.tokens, seen.sampled, seen.preemptions)
+        if report.preemptions > preemptions:
+            self._preemptions.inc(report.preemptions - preemptions)
+        self._steps_seen = (report.steps, report.tokens, report.sampled, report.preemptions)
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
