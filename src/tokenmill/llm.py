@@ -25,7 +25,9 @@ from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import (
     AddRequest,
     EngineError,
+    EngineOverloadedError,
     Failed,
+    FailureKind,
     Finished,
     PromptScored,
     TokenLogprobs,
@@ -333,6 +335,8 @@ class _Run:
                     case Failed():
                         self._open = {key for key in self._open if key[0] != event.request_id}
                         which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
+                        if event.kind is FailureKind.OVERLOADED:
+                            raise EngineOverloadedError(which + event.error, event.retry_after or 1.0)
                         raise EngineError(which + event.error)
         finally:
             self.cancel()

@@ -11,6 +11,7 @@ from tokenmill.errors import UsageError
 
 MAX_BEST_LOGPROBS = 128
 MAX_SAMPLES = 128
+MAX_PRIORITY = 1000
 
 
 class SamplingError(UsageError):
@@ -54,6 +55,8 @@ class SamplingParams:
     """The same for the prompt's tokens from the second on."""
     n: int = 1
     """Outputs per prompt."""
+    priority: int = 0
+    """Smaller goes first, -1000 to 1000, where the engine's scheduling policy is "priority"."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -91,6 +94,7 @@ class SamplingParams:
         _check_whole("logprobs", self.logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("n", self.n, 1, MAX_SAMPLES)
+        _check_whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -39,12 +39,14 @@ def loaded(request, tmp_path_factory):
     weights.close()
 
 
-def make_core(loaded, *, pages: int, tokens: int, sequences: int, threads: int, caching: bool) -> EngineCore:
+def make_core(
+    loaded, *, pages: int, tokens: int, sequences: int, threads: int, caching: bool, step_target: float | None = None
+) -> EngineCore:
     program, weights = loaded
     rows = max(sequences, MAX_SCORED_ROWS)
     all_pages = [pages] * len(program.kv_groups)
     backend = NativeBackend(program, weights, StepLimits(tokens, sequences, rows, CONTEXT), all_pages, threads=threads)
-    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT)
+    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target)
     return EngineCore(backend, vocab_size=VOCABULARY, kv_pages=all_pages, limits=limits, prefix_caching=caching)
 
 
@@ -96,8 +98,17 @@ def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded):
         core = make_core(loaded, pages=64, tokens=512, sequences=1, threads=1, caching=False)
         reference.update(run(core, [message], random.Random(0)))
     preemptions = hits = 0
-    for seed, (pages, tokens, sequences, threads) in enumerate(((24, 32, 8, 2), (28, 100, 12, 3), (64, 17, 5, 1))):
-        core = make_core(loaded, pages=pages, tokens=tokens, sequences=sequences, threads=threads, caching=True)
+    engines = ((24, 32, 8, 2, None), (28, 100, 12, 3, None), (64, 17, 5, 1, None), (40, 512, 8, 2, 0.004))
+    for seed, (pages, tokens, sequences, threads, step_target) in enumerate(engines):
+        core = make_core(
+            loaded,
+            pages=pages,
+            tokens=tokens,
+            sequences=sequences,
+            threads=threads,
+            caching=True,
+            step_target=step_target,
+        )
         assert run(core, requests, random.Random(seed)) == reference
         preemptions += core.statistics.preemptions
         hits += sum(len(m.prompt) for m in requests) > core.statistics.tokens - sum(map(len, reference.values()))

@@ -124,14 +124,14 @@ def test_every_step_decodes_first_and_keeps_to_the_budget() -> None:
     while core.busy:
         decoding = [s.request.request_id for s in core.scheduler.running if s.decodes]
         waiting = bool(core.scheduler.waiting)
-        chunks = core.scheduler.schedule()
+        chunks = core.scheduler.schedule(0.0)
         ran = {chunk.sequence.request.request_id: chunk.count for chunk in chunks}
         assert all(ran.get(number) == 1 for number in decoding)
         assert sum(ran.values()) <= 32
         if waiting and len(core.scheduler.running) < 6:
             assert sum(ran.values()) == 32, "prompts waited while the budget was not spent"
         # Planning has taken the pages, so the step must run this very plan and not make another.
-        core.scheduler.schedule = lambda chunks=chunks: chunks  # type: ignore[method-assign]
+        core.scheduler.schedule = lambda now, chunks=chunks: chunks  # type: ignore[method-assign]
         core.step()
         del core.scheduler.schedule
     assert backend.steps
@@ -195,7 +195,7 @@ def test_only_newer_sequences_give_their_pages_to_older_ones() -> None:
     for i in range(8):
         core.handle(request(i, [i] * 40, SamplingParams(temperature=0, max_tokens=90, seed=0)))
     while core.busy:
-        oldest = min([*core.scheduler.running, *core.scheduler.waiting], key=lambda s: s.order)
+        oldest = min([*core.scheduler.running, *core.scheduler.waiting], key=lambda s: s.rank)
         before = (oldest.preemptions, oldest.computed)
         core.step()
         assert oldest.preemptions == before[0], "the oldest sequence lost its pages"

@@ -184,9 +184,11 @@ def _allocate(
         backend,
         vocab_size=program.vocab_size,
         kv_pages=ledger.kv_pages,
-        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
+        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context, config.step_target),
         prefix_caching=config.enable_prefix_caching,
         sampler_threads=config.threads,
+        policy=config.policy,
+        max_waiting=config.max_waiting,
     )
     scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
     return backend, core, replace(ledger, weights=weights.nbytes, kv=backend.kv_bytes(), scratch=scratch)

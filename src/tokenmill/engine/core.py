@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -17,6 +19,7 @@ from tokenmill.engine.messages import (
     AddRequest,
     Event,
     Failed,
+    FailureKind,
     Finished,
     FinishReason,
     Message,
@@ -24,8 +27,10 @@ from tokenmill.engine.messages import (
     TokenLogprobs,
     TokenOutput,
 )
+from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.step_budget import step_work
 from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
 
 
@@ -52,7 +57,9 @@ class StepStatistics:
 @dataclass(slots=True)
 class _Request:
     message: AddRequest
-    order: int
+    number: int
+    """How many came before it."""
+    arrived: float
     sequences: list[Sequence] = field(default_factory=list)
     """Outputs that wait or run. Output 0 computes the prompt; the others start when it has, and find its pages."""
 
@@ -66,7 +73,9 @@ class _Request:
 class EngineCore:
     """Runs requests over a backend. Driven only by :meth:`handle` and :meth:`step`; not thread-safe.
 
-    ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence.
+    ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence. ``max_waiting``
+    bounds the requests that wait for a start besides those that could start at once; more are refused. ``clock`` gives
+    seconds.
     """
 
     def __init__(
@@ -78,6 +87,9 @@ class EngineCore:
         limits: SchedulerLimits,
         prefix_caching: bool = True,
         sampler_threads: int = 1,
+        policy: SchedulingPolicy | None = None,
+        max_waiting: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
         self._vocab_size = vocab_size
@@ -94,6 +106,11 @@ class EngineCore:
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
         self._requests: dict[int, _Request] = {}
         self._arrivals = 0
+        self._policy: SchedulingPolicy = policy or FirstComeFirstServed()
+        self._max_waiting = max_waiting
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_RECENT_ENDS)
+        """When the last requests ended."""
 
     @property
     def busy(self) -> bool:
@@ -116,10 +133,12 @@ class EngineCore:
 
     def step(self) -> list[Event]:
         """Runs one step. No events and no work if nothing waits."""
-        chunks = self.scheduler.schedule()
+        begin = self._clock()
+        chunks = self.scheduler.schedule(begin)
         if not chunks:
             return []
         plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
+        work = step_work(chunks)
         logits = self._backend.run(plan)["logits"]
         for chunk in chunks:
             self.scheduler.advance(chunk)
@@ -129,6 +148,7 @@ class EngineCore:
         events: list[Event] = []
         self._score(chunks, plan, logits, events)
         self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
+        self.scheduler.observe(work, self._clock() - begin)
         return events
 
     # ---- messages --------------------------------------------------------------------------------------------------
@@ -137,11 +157,14 @@ class EngineCore:
         problem = self._problem(message)
         if problem is not None:
             return [Failed(message.request_id, problem)]
-        request = _Request(message, self._arrivals)
+        refusal = self._refusal(message)
+        if refusal is not None:
+            return [refusal]
+        request = _Request(message, self._arrivals, self._clock())
         self._arrivals += 1
         first = self._new_sequence(request, 0)
         if first.remaining == 0:  # a single token to score: it has no log-probability
-            return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings())]
+            return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings(self._clock()))]
         self._requests[message.request_id] = request
         self._start(request, first)
         return []
@@ -160,10 +183,26 @@ class EngineCore:
             return f"the prompt holds token ids outside of the vocabulary 0..{self._vocab_size - 1}"
         return None
 
+    def _refusal(self, message: AddRequest) -> Failed | None:
+        """Not None if too many requests wait already."""
+        if self._max_waiting is None:
+            return None
+        free = max(self._limits.sequences - len(self.scheduler.running), 0)
+        waiting = sum(sequence.started is None for sequence in self.scheduler.waiting)
+        if waiting < self._max_waiting + free:
+            return None
+        retry_after = _LEAST_RETRY
+        if len(self._ends) > 1 and self._ends[-1] > self._ends[0]:
+            a_request = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            retry_after = min(max(waiting * a_request, _LEAST_RETRY), _MOST_RETRY)
+        error = f"{waiting} requests wait already, the most that may (max_waiting); try again later"
+        return Failed(message.request_id, error, FailureKind.OVERLOADED, retry_after)
+
     def _new_sequence(self, request: _Request, index: int) -> Sequence:
         params = request.message.params
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else request.message.eos_ids)
-        return Sequence(request.message, index, request.order, end_ids)
+        rank = self._policy.rank(params.priority, request.arrived, request.number, index)
+        return Sequence(request.message, index, rank, end_ids)
 
     def _start(self, request: _Request, sequence: Sequence) -> None:
         request.sequences.append(sequence)
@@ -176,7 +215,7 @@ class EngineCore:
         stopped = [s for s in request.sequences if message.index is None or s.index == message.index]
         events: list[Event] = []
         if message.index is None and not request.started_all:
-            timings = request.sequences[0].timings()
+            timings = request.sequences[0].timings(self._clock())
             others = range(1, request.message.params.n)
             events += [Finished(message.request_id, index, FinishReason.ABORT, timings) for index in others]
         for sequence in stopped:
@@ -245,7 +284,7 @@ class EngineCore:
             np.array([s.prompt_length for s in sequences], dtype=np.int32),
         )
         self.statistics.sampled += len(sequences)
-        now = time.monotonic()
+        now = self._clock()
         for i, sequence in enumerate(sequences):
             request = self._requests.get(sequence.request.request_id)
             if request is None:
@@ -257,7 +296,7 @@ class EngineCore:
             logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
             token = int(results[0][i])
             starts_others = sequence.index == 0 and sequence.output_length == 0
-            sequence.first_token = sequence.first_token or now
+            sequence.first_token = now if sequence.first_token is None else sequence.first_token
             sequence.append(token)
             events.append(
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
@@ -282,17 +321,21 @@ class EngineCore:
         self, request: _Request, sequence: Sequence, reason: FinishReason, stop_token: int | None = None
     ) -> Finished:
         request.sequences.remove(sequence)
-        if not request.sequences:
-            self._requests.pop(sequence.request.request_id, None)
-        return Finished(sequence.request.request_id, sequence.index, reason, sequence.timings(), stop_token)
+        if not request.sequences and self._requests.pop(sequence.request.request_id, None) is not None:
+            self._ends.append(self._clock())
+        return Finished(
+            sequence.request.request_id, sequence.index, reason, sequence.timings(self._clock()), stop_token
+        )
 
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
         if status == _NOTHING_ALLOWED:
             error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
             error += "Bias or mask fewer tokens"
+            kind = FailureKind.REQUEST
         else:
             error = "the model's logits hold NaN or infinity"
+            kind = FailureKind.MODEL
             if isinstance(self._backend, Diagnoses):
                 op = self._backend.diagnose(plan, row)
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
@@ -300,10 +343,13 @@ class EngineCore:
         for sequence in request.sequences:
             self.scheduler.remove(sequence, discard=True)
         del self._requests[request.message.request_id]
-        events.append(Failed(request.message.request_id, error))
+        events.append(Failed(request.message.request_id, error, kind))
 
 
 _NOTHING_ALLOWED = 2
+_RECENT_ENDS = 32
+_LEAST_RETRY, _MOST_RETRY = 1.0, 120.0
+"""Bounds in seconds of when a refused request is told to come back."""
 
 _Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
 

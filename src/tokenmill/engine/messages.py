@@ -18,6 +18,23 @@ class EngineDeadError(EngineError):
     """The engine stopped because of an error and serves no request any more."""
 
 
+class EngineOverloadedError(EngineError):
+    """The request was refused because too many wait already. ``retry_after``: seconds after which it may fit."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class FailureKind(Enum):
+    REQUEST = "request"
+    """Something about the request itself: the same again would fail again."""
+    MODEL = "model"
+    """The model gave no usable logits."""
+    OVERLOADED = "overloaded"
+    """Refused unseen: too many requests wait."""
+
+
 class FinishReason(Enum):
     STOP = "stop"
     """An end token, a stop token or a stop string."""
@@ -112,6 +129,9 @@ class Failed:
 
     request_id: int
     error: str
+    kind: FailureKind = FailureKind.REQUEST
+    retry_after: float | None = None
+    """Seconds after which a request that was refused as one too many may fit."""
 
 
 Message = AddRequest | AbortRequest

@@ -1,26 +1,29 @@
 """Which sequence runs how many tokens in the next step.
 
 Continuous batching (Orca, OSDI 2022) with split and fuse (DeepSpeed-FastGen 2024): sequences that decode go first, then
-prompts fill what is left of a fixed token budget, cut where it ends; the remainder is first among the prompts of the
-next step. First come, first served: a prompt starts only when the pages for all of it are there, and none overtakes the
-one that waits in front.
+prompts fill what is left of the step's budget of tokens and time, cut where it ends; the remainder is first among the
+prompts of the next step. A policy ranks the sequences, by arrival unless told otherwise: a prompt starts only when the
+pages for all of it are there, and none overtakes the one that waits in front.
 
-When pages run out, the newest sequences give theirs back and are computed again later, prompt and output so far. Only
-newer sequences ever yield to older ones and the oldest can always have every page, so each step brings the oldest
+When pages run out, the sequences of the worst rank give theirs back and are computed again later, prompt and output so
+far. Only worse ranks ever yield to better ones and the best can always have every page, so each step brings the best
 nearer to its end.
 """
 
 from __future__ import annotations
 
 import bisect
-import time
 from dataclasses import dataclass
 
 from tokenmill.engine.kv_cache import KvCache
+from tokenmill.engine.policies import Rank
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.step_budget import MAX_SCORED_ROWS, Chunk, StepBudget
+from tokenmill.engine.step_time import StepTimeModel, StepWork
 
-MAX_SCORED_ROWS = 64
-"""Rows of logits that a step computes for log-probabilities of prompts."""
+__all__ = ["MAX_SCORED_ROWS", "Chunk", "Scheduler", "SchedulerLimits"]
+
+_DECODES_OBSERVED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +37,12 @@ class SchedulerLimits:
     """Rows of logits; at least ``sequences``."""
     context: int
     """Tokens of one sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens computed, ..., computed + count - 1 of ``sequence``."""
-
-    sequence: Sequence
-    count: int
-    scored: int
-    """Rows skip .. skip + scored - 1 of the chunk, whose logits give log-probabilities of prompt tokens."""
-    skip: int
-    samples: bool
-    """True if the chunk's last row picks a token."""
+    step_target: float | None = None
+    """Seconds that a step should take: prompts are cut so that it does. None: they are cut by ``tokens`` only."""
 
 
 class Scheduler:
-    """Queues of sequences, oldest first, over one KV cache."""
+    """Queues of sequences, best rank first, over one KV cache."""
 
     def __init__(self, cache: KvCache, limits: SchedulerLimits) -> None:
         if limits.rows < limits.sequences or limits.tokens < limits.sequences:
@@ -60,13 +52,15 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.step_time = StepTimeModel()
+        self._observed = 0
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_order)
+        bisect.insort(self.waiting, sequence, key=_rank)
 
     def remove(self, sequence: Sequence, *, discard: bool = False) -> None:
         """Forgets a sequence and returns its pages; with ``discard`` their contents are not kept for others."""
@@ -76,19 +70,22 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence, discard=discard)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs."""
+    def schedule(self, now: float) -> list[Chunk]:
+        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs.
+
+        ``now`` in seconds becomes the start of sequences that start.
+        """
         chunks: dict[Sequence, Chunk] = {}
-        budget = _Budget(self.limits.tokens, self.limits.rows)
+        budget = StepBudget(self.limits.tokens, self.limits.rows, self.limits.step_target, self.step_time)
         preempted = self.preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
                 if sequence.pages is not None and sequence.decodes == decoding:
                     self._plan(sequence, chunks, budget)
         # A sequence that lost its pages in this step does not get them back in the same one.
-        while preempted == self.preemptions and self.waiting and budget.tokens > 0:
+        while preempted == self.preemptions and self.waiting and budget.prompt_tokens(0) > 0:
             head = self.waiting[0]
-            if not self._admit(head):
+            if not self._admit(head, now):
                 break
             self._plan(head, chunks, budget)
         return [chunks[sequence] for sequence in self.running if sequence in chunks]
@@ -100,8 +97,17 @@ class Scheduler:
         sequence.computed += chunk.count
         self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
 
-    def _plan(self, sequence: Sequence, chunks: dict[Sequence, Chunk], budget: _Budget) -> None:
-        count = min(sequence.remaining, budget.tokens)
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step of ``work`` took ``seconds``."""
+        self._observed += 1
+        # Steps of decoding alone are all alike: a few of them tell enough.
+        if self.limits.step_target is not None and (work.prompt_tokens or self._observed % _DECODES_OBSERVED == 0):
+            self.step_time.observe(work, seconds)
+
+    def _plan(self, sequence: Sequence, chunks: dict[Sequence, Chunk], budget: StepBudget) -> None:
+        decodes = sequence.decodes
+        most = budget.tokens if decodes else budget.prompt_tokens(sequence.computed)
+        count = min(sequence.remaining, most)
         skip = scored = 0
         if sequence.wants_scores:
             # Row p gives the log-probability of token p + 1, so rows from scored - 1 on are wanted.
@@ -114,17 +120,17 @@ class Scheduler:
         if sequence.wants_scores:
             scored = max(min(sequence.computed + count, sequence.prompt_length - 1) - sequence.computed - skip, 0)
         samples = not sequence.request.score_only and count == sequence.remaining
-        chunk = Chunk(sequence, count, scored, skip, samples)
+        chunk = Chunk(sequence, count, scored, skip, samples, decodes)
         chunks[sequence] = chunk
         budget.spend(chunk)
 
-    def _make_room(self, sequence: Sequence, slots: int, chunks: dict[Sequence, Chunk], budget: _Budget) -> bool:
-        """Gets pages for slots 0..slots - 1, from newer sequences if need be. False if the sequence must wait."""
+    def _make_room(self, sequence: Sequence, slots: int, chunks: dict[Sequence, Chunk], budget: StepBudget) -> bool:
+        """Gets pages for slots 0..slots - 1, from worse ranks if need be. False if the sequence must wait."""
         assert sequence.pages is not None
         while not self.cache.extend(sequence.pages, slots):
             victim = self.running[-1]
             if victim is sequence:
-                return False  # nobody newer to take from: it keeps its pages and waits until an older one is done
+                return False  # nobody to take from: it keeps its pages and waits until a better rank is done
             chunk = chunks.pop(victim, None)
             if chunk is not None:
                 budget.refund(chunk)
@@ -144,7 +150,7 @@ class Scheduler:
         self.cache.release(sequence.pages, discard=discard)
         sequence.pages = None
 
-    def _admit(self, sequence: Sequence) -> bool:
+    def _admit(self, sequence: Sequence, now: float) -> bool:
         """Starts the sequence at the head of the queue if it and its pages fit."""
         if len(self.running) >= self.limits.sequences:
             return False
@@ -158,11 +164,11 @@ class Scheduler:
         if opened is None:
             return False
         sequence.pages, sequence.computed = opened
-        if not sequence.started:
-            sequence.started = time.monotonic()
+        if sequence.started is None:
+            sequence.started = now
             sequence.cached_tokens = sequence.computed
         self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=_order)
+        bisect.insort(self.running, sequence, key=_rank)
         return True
 
     def _promised(self) -> list[int]:
@@ -176,22 +182,5 @@ class Scheduler:
         return promised
 
 
-@dataclass(slots=True)
-class _Budget:
-    tokens: int
-    rows: int
-    scored: int = MAX_SCORED_ROWS
-
-    def spend(self, chunk: Chunk) -> None:
-        self.tokens -= chunk.count
-        self.rows -= chunk.scored + chunk.samples
-        self.scored -= chunk.scored
-
-    def refund(self, chunk: Chunk) -> None:
-        self.tokens += chunk.count
-        self.rows += chunk.scored + chunk.samples
-        self.scored += chunk.scored
-
-
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from tokenmill._native import SamplerSettings
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
+from tokenmill.engine.policies import Rank
 from tokenmill.program.step import Int32
 from tokenmill.sampling import sampler_settings
 
@@ -24,21 +23,21 @@ class Sequence:
         "first_token",
         "index",
         "length",
-        "order",
         "pages",
         "preemptions",
         "prompt_length",
+        "rank",
         "request",
         "scored",
         "settings",
         "started",
     )
 
-    def __init__(self, request: AddRequest, index: int, order: int, end_ids: frozenset[int]) -> None:
+    def __init__(self, request: AddRequest, index: int, rank: Rank, end_ids: frozenset[int]) -> None:
         self.request = request
         self.index = index
-        self.order = (order, index)
-        """Place in the queue: smaller came earlier."""
+        self.rank = rank
+        """Place in the queue: smaller goes first."""
         self.end_ids = end_ids
         self.settings: SamplerSettings = sampler_settings(request.params, sample_index=index, end_ids=end_ids)
         self.prompt_length = len(request.prompt)
@@ -53,8 +52,8 @@ class Sequence:
         """Leading prompt tokens whose log-probability is known or not wanted; the first token has none."""
         self.cached_tokens = 0
         self.preemptions = 0
-        self.started = 0.0
-        self.first_token = 0.0
+        self.started: float | None = None
+        self.first_token: float | None = None
 
     @property
     def tokens(self) -> Int32:
@@ -97,12 +96,12 @@ class Sequence:
         self._buffer[self.length] = token
         self.length += 1
 
-    def timings(self) -> Timings:
+    def timings(self, finished: float) -> Timings:
         return Timings(
             arrival=self.request.arrival,
-            started=self.started,
-            first_token=self.first_token,
-            finished=time.monotonic(),
+            started=finished if self.started is None else self.started,
+            first_token=finished if self.first_token is None else self.first_token,
+            finished=finished,
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
         )
