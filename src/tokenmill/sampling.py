@@ -57,6 +57,8 @@ class SamplingParams:
     """Outputs per prompt."""
     priority: int = 0
     """Smaller goes first, -1000 to 1000, where the engine's scheduling policy is "priority"."""
+    cache_salt: str | None = None
+    """Only requests of the same salt share cached prefixes: what is cached for one tenant tells another nothing."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -94,6 +96,10 @@ class SamplingParams:
         _check_whole("logprobs", self.logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("n", self.n, 1, MAX_SAMPLES)
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            raise SamplingError(
+                f"cache_salt is {self.cache_salt!r}; it must be a text of at least one character or None"
+            )
         _check_whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     @property

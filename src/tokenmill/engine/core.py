@@ -61,7 +61,7 @@ class _Request:
     """How many came before it."""
     arrived: float
     sequences: list[Sequence] = field(default_factory=list)
-    """Outputs that wait or run. Output 0 computes the prompt; the others start when it has, and find its pages."""
+    """Outputs that wait or run. Output 0 computes the prompt; the others are forked off right after it."""
 
     @property
     def started_all(self) -> bool:
@@ -94,7 +94,7 @@ class EngineCore:
         self._backend = backend
         self._vocab_size = vocab_size
         self._limits = limits
-        self.cache = KvCache(backend.kv_groups, kv_pages, prefix_caching=prefix_caching)
+        self.cache = KvCache(backend.kv_groups, kv_pages, prefix_caching=prefix_caching, copy_page=backend.copy_page)
         needed = self.cache.pages_needed(limits.context, limits.tokens)
         for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
             if has < needs:
@@ -266,14 +266,20 @@ class EngineCore:
     def _sample(
         self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
     ) -> None:
-        """One token for every sequence whose last known token has run."""
+        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt."""
         rows: dict[Sequence, int] = {}
         row = 0
         for chunk in chunks:
             row += chunk.scored + chunk.samples
             if chunk.samples:
                 rows[chunk.sequence] = row - 1
-        sequences = [chunk.sequence for chunk in alive if chunk.samples]
+        sequences: list[Sequence] = []
+        for chunk in alive:
+            if chunk.samples:
+                sequences.append(chunk.sequence)
+                for fork in self._forks(chunk.sequence):
+                    rows[fork] = rows[chunk.sequence]
+                    sequences.append(fork)
         if not sequences:
             return
         results = self._sampler.sample(
@@ -295,16 +301,25 @@ class EngineCore:
             wanted = sequence.request.params.logprobs
             logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
             token = int(results[0][i])
-            starts_others = sequence.index == 0 and sequence.output_length == 0
             sequence.first_token = now if sequence.first_token is None else sequence.first_token
             sequence.append(token)
             events.append(
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
             )
-            if starts_others:
-                for index in range(1, sequence.request.params.n):
-                    self._start(request, self._new_sequence(request, index))
             self._end_if_done(request, sequence, token, events)
+
+    def _forks(self, first: Sequence) -> list[Sequence]:
+        """The other outputs of a request whose output 0 has just computed the prompt: they share its pages and its
+        row of logits, and differ in what they draw."""
+        if first.index > 0 or first.output_length > 0:
+            return []
+        request = self._requests[first.request.request_id]
+        forks = [self._new_sequence(request, index) for index in range(1, first.request.params.n)]
+        for fork in forks:
+            fork.started, fork.cached_tokens = first.started, first.cached_tokens
+            request.sequences.append(fork)
+            self.scheduler.fork(first, fork)
+        return forks
 
     def _end_if_done(self, request: _Request, sequence: Sequence, token: int, events: list[Event]) -> None:
         params = sequence.request.params

@@ -3,7 +3,8 @@
 Continuous batching (Orca, OSDI 2022) with split and fuse (DeepSpeed-FastGen 2024): sequences that decode go first, then
 prompts fill what is left of the step's budget of tokens and time, cut where it ends; the remainder is first among the
 prompts of the next step. A policy ranks the sequences, by arrival unless told otherwise: a prompt starts only when the
-pages for all of it are there, and none overtakes the one that waits in front.
+pages for all of it are there, and none overtakes the one that waits in front. Only who waits for a beginning that
+another sequence is just computing lets others pass: it will then start behind that beginning.
 
 When pages run out, the sequences of the worst rank give theirs back and are computed again later, prompt and output so
 far. Only worse ranks ever yield to better ones and the best can always have every page, so each step brings the best
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from tokenmill.engine.kv_cache import KvCache
 from tokenmill.engine.policies import Rank
@@ -52,6 +54,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prefix_queries = 0
+        """Tokens of the sequences that started, and how many of them were found in the prefix cache."""
+        self.prefix_hits = 0
         self.step_time = StepTimeModel()
         self._observed = 0
 
@@ -61,6 +66,14 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=_rank)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Adds a sequence with the tokens of ``parent``, over its pages where there is a seat for it."""
+        if parent.pages is None or len(self.running) >= self.limits.sequences:
+            self.add(child)
+            return
+        child.pages, child.computed = self.cache.fork(parent.pages), parent.computed
+        bisect.insort(self.running, child, key=_rank)
 
     def remove(self, sequence: Sequence, *, discard: bool = False) -> None:
         """Forgets a sequence and returns its pages; with ``discard`` their contents are not kept for others."""
@@ -83,11 +96,21 @@ class Scheduler:
                 if sequence.pages is not None and sequence.decodes == decoding:
                     self._plan(sequence, chunks, budget)
         # A sequence that lost its pages in this step does not get them back in the same one.
-        while preempted == self.preemptions and self.waiting and budget.prompt_tokens(0) > 0:
-            head = self.waiting[0]
-            if not self._admit(head, now):
-                break
-            self._plan(head, chunks, budget)
+        place = 0
+        while (
+            preempted == self.preemptions
+            and place < len(self.waiting)
+            and len(self.running) < self.limits.sequences
+            and budget.prompt_tokens(0) > 0
+        ):
+            head = self.waiting[place]
+            match self._admit(head, now):
+                case _Admission.STARTED:
+                    self._plan(head, chunks, budget)
+                case _Admission.DEFERRED:
+                    place += 1
+                case _Admission.FULL:
+                    break
         return [chunks[sequence] for sequence in self.running if sequence in chunks]
 
     def advance(self, chunk: Chunk) -> None:
@@ -150,26 +173,26 @@ class Scheduler:
         self.cache.release(sequence.pages, discard=discard)
         sequence.pages = None
 
-    def _admit(self, sequence: Sequence, now: float) -> bool:
-        """Starts the sequence at the head of the queue if it and its pages fit."""
-        if len(self.running) >= self.limits.sequences:
-            return False
-        opened = self.cache.open(
-            sequence.tokens,
-            self.limits.context,
-            reusable=sequence.reusable,
-            reserve=self._promised(),
-            chunk=self.limits.tokens,
-        )
+    def _admit(self, sequence: Sequence, now: float) -> _Admission:
+        """Starts the sequence if its pages fit and nobody is just computing its beginning."""
+        if sequence.awaits is not None and sequence.awaits.computing is not None:
+            return _Admission.DEFERRED
+        match = self.cache.match(sequence.tokens, sequence.reusable, sequence.request.params.cache_salt)
+        sequence.awaits = match.computing
+        if sequence.awaits is not None:
+            return _Admission.DEFERRED
+        opened = self.cache.open(match, self.limits.context, reserve=self._promised(), chunk=self.limits.tokens)
         if opened is None:
-            return False
+            return _Admission.FULL
         sequence.pages, sequence.computed = opened
         if sequence.started is None:
             sequence.started = now
             sequence.cached_tokens = sequence.computed
+            self.prefix_queries += sequence.length
+            self.prefix_hits += sequence.computed
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_rank)
-        return True
+        return _Admission.STARTED
 
     def _promised(self) -> list[int]:
         """Pages per group that running prompts were admitted with but have not taken yet."""
@@ -180,6 +203,13 @@ class Scheduler:
                 for group, pages in enumerate(needed):
                     promised[group] += max(pages - sequence.pages.held(group), 0)
         return promised
+
+
+class _Admission(Enum):
+    STARTED = auto()
+    DEFERRED = auto()
+    """Another sequence is computing the same beginning: this one lets others pass until that is done."""
+    FULL = auto()
 
 
 def _rank(sequence: Sequence) -> Rank:

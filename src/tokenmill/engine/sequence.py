@@ -8,6 +8,7 @@ from tokenmill._native import SamplerSettings
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
 from tokenmill.engine.policies import Rank
+from tokenmill.engine.prefix_cache import PrefixNode
 from tokenmill.program.step import Int32
 from tokenmill.sampling import sampler_settings
 
@@ -17,6 +18,7 @@ class Sequence:
 
     __slots__ = (
         "_buffer",
+        "awaits",
         "cached_tokens",
         "computed",
         "end_ids",
@@ -46,6 +48,8 @@ class Sequence:
         self.length = self.prompt_length
         """Tokens, prompt and output."""
         self.pages: SequencePages | None = None
+        self.awaits: PrefixNode | None = None
+        """The page that another sequence was about to compute when this one last asked to start."""
         self.computed = 0
         """Leading slots whose keys and values are in the cache."""
         self.scored = 1 if self._wants_scores else self.prompt_length
