@@ -73,6 +73,11 @@ class LLM:
         threads: int = 0,
         cache_dir: str | Path | None = None,
         enable_prefix_caching: bool = True,
+        swap_space: int | str | None = None,
+        swap_dir: str | Path | None = None,
+        step_target: float | None = None,
+        scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
+        max_waiting: int | None = None,
     ) -> None:
         self.config = EngineConfig(
             model=model,
@@ -85,6 +90,11 @@ class LLM:
             threads=threads,
             cache_dir=cache_dir,
             enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
+            swap_dir=swap_dir,
+            step_target=step_target,
+            scheduling_policy=scheduling_policy,
+            max_waiting=max_waiting,
         )
         loaded = load_model(self.config, resolve(model))
         self.path: Path = loaded.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.sampling import SamplingParams
 
@@ -37,6 +39,7 @@ def make_core(
     sequences: int = 8,
     groups: tuple[KvGroupSpec, ...] = (FULL,),
     caching: bool = True,
+    swap: tuple[Path, int] | None = None,
 ) -> tuple[EngineCore, ToyBackend]:
     rows = max(sequences, MAX_SCORED_ROWS)
     backend = ToyBackend(groups, [pages] * len(groups), StepLimits(tokens, sequences, rows, CONTEXT))
@@ -46,6 +49,7 @@ def make_core(
         kv_pages=[pages] * len(groups),
         limits=SchedulerLimits(tokens, sequences, rows, CONTEXT),
         prefix_caching=caching,
+        swap=None if swap is None else SwapSpace(*swap, len(groups), backend),
     )
     return core, backend
 

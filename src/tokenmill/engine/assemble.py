@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
 from tokenmill.engine.kv_cache import KvCache
-from tokenmill.engine.ledger import MemoryLedger, memory_budget, plan_memory
+from tokenmill.engine.ledger import MemoryLedger, memory_budget, parse_size, plan_memory
 from tokenmill.engine.scheduler import SchedulerLimits
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.errors import UsageError
 from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
@@ -180,6 +182,10 @@ def _allocate(
         context=ledger.max_model_len,
     )
     backend = _make_backend(config, program, weights, limits, ledger)
+    swap = None
+    if config.swap_space is not None:
+        folder = config.swap_dir or Path(config.cache_dir or cache_folder()) / "swap"
+        swap = SwapSpace(Path(folder), parse_size(config.swap_space, "swap_space"), len(program.kv_groups), backend)
     core = EngineCore(
         backend,
         vocab_size=program.vocab_size,
@@ -189,9 +195,17 @@ def _allocate(
         sampler_threads=config.threads,
         policy=config.policy,
         max_waiting=config.max_waiting,
+        swap=swap,
     )
     scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
-    return backend, core, replace(ledger, weights=weights.nbytes, kv=backend.kv_bytes(), scratch=scratch)
+    actual = replace(
+        ledger,
+        weights=weights.nbytes,
+        kv=backend.kv_bytes(),
+        scratch=scratch,
+        swap=0 if swap is None else swap.limit,
+    )
+    return backend, core, actual
 
 
 def _make_backend(

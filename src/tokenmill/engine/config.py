@@ -38,6 +38,11 @@ class EngineConfig:
     cache_dir: str | Path | None = None
     """Folder of the build cache."""
     enable_prefix_caching: bool = True
+    swap_space: int | str | None = None
+    """Bytes, or a size such as "8GB", of files for the KV pages of requests that make room for others. None: they are
+    computed again."""
+    swap_dir: str | Path | None = None
+    """Folder of the swap files, on a disk (not in memory, as /tmp may be); None: in the cache folder."""
     step_target: float | None = None
     """Seconds that a step should take: long prompts are cut so that their neighbours get a token that often, at the
     price of some throughput. None cuts them by ``max_batch_tokens`` only. Servers use ``SERVING_STEP_TARGET``."""
@@ -47,13 +52,19 @@ class EngineConfig:
     """Most requests that wait for a start; more are refused (EngineOverloadedError). None: no bound."""
 
     def __post_init__(self) -> None:
-        for name, path, optional in (("model", self.model, False), ("cache_dir", self.cache_dir, True)):
+        for name, path, optional in (
+            ("model", self.model, False),
+            ("cache_dir", self.cache_dir, True),
+            ("swap_dir", self.swap_dir, True),
+        ):
             if not (optional and path is None) and (not isinstance(path, str | Path) or not str(path)):
                 raise UsageError(f"{name} is {path!r}; it must be a name or path")
         if self.backend not in ("native", "torch"):
             raise UsageError(f'backend is {self.backend!r}; it must be "native" or "torch"')
         if self.memory is not None:
             parse_size(self.memory)
+        if self.swap_space is not None:
+            parse_size(self.swap_space, "swap_space")
         _check("max_model_len", self.max_model_len, 2, 2**30, optional=True)
         _check("max_num_seqs", self.max_num_seqs, 1, 4096)
         _check("max_batch_tokens", self.max_batch_tokens, self.max_num_seqs, 2**20)

@@ -31,6 +31,7 @@ from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.step_budget import step_work
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
 
 
@@ -74,8 +75,8 @@ class EngineCore:
     """Runs requests over a backend. Driven only by :meth:`handle` and :meth:`step`; not thread-safe.
 
     ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence. ``max_waiting``
-    bounds the requests that wait for a start besides those that could start at once; more are refused. ``clock`` gives
-    seconds.
+    bounds the requests that wait for a start besides those that could start at once; more are refused. Preempted
+    sequences go to ``swap``, or are computed again. ``clock`` gives seconds.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class EngineCore:
         sampler_threads: int = 1,
         policy: SchedulingPolicy | None = None,
         max_waiting: int | None = None,
+        swap: SwapSpace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
@@ -101,7 +103,7 @@ class EngineCore:
                 raise ValueError(
                     f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}"
                 )
-        self.scheduler = Scheduler(self.cache, limits)
+        self.scheduler = Scheduler(self.cache, limits, swap)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
         self._requests: dict[int, _Request] = {}

@@ -6,9 +6,9 @@ prompts of the next step. A policy ranks the sequences, by arrival unless told o
 pages for all of it are there, and none overtakes the one that waits in front. Only who waits for a beginning that
 another sequence is just computing lets others pass: it will then start behind that beginning.
 
-When pages run out, the sequences of the worst rank give theirs back and are computed again later, prompt and output so
-far. Only worse ranks ever yield to better ones and the best can always have every page, so each step brings the best
-nearer to its end.
+When pages run out, the sequences of the worst rank give theirs back. Later they are read back from a swap file, or
+computed again, prompt and output so far. Only worse ranks ever yield to better ones and the best can always have every
+page, so each step brings the best nearer to its end.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from tokenmill.engine.policies import Rank
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.step_budget import MAX_SCORED_ROWS, Chunk, StepBudget
 from tokenmill.engine.step_time import StepTimeModel, StepWork
+from tokenmill.engine.swap import SwappedPages, SwapSpace
+from tokenmill.program.kv import PAGE_TOKENS
 
 __all__ = ["MAX_SCORED_ROWS", "Chunk", "Scheduler", "SchedulerLimits"]
 
@@ -46,11 +48,12 @@ class SchedulerLimits:
 class Scheduler:
     """Queues of sequences, best rank first, over one KV cache."""
 
-    def __init__(self, cache: KvCache, limits: SchedulerLimits) -> None:
+    def __init__(self, cache: KvCache, limits: SchedulerLimits, swap: SwapSpace | None = None) -> None:
         if limits.rows < limits.sequences or limits.tokens < limits.sequences:
             raise ValueError("a step must have a token and a row of logits for every sequence")
         self.cache = cache
         self.limits = limits
+        self.swap = swap
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -79,6 +82,7 @@ class Scheduler:
         """Forgets a sequence and returns its pages; with ``discard`` their contents are not kept for others."""
         if sequence.pages is None:
             self.waiting.remove(sequence)
+            self._drop_swapped(sequence)
         else:
             self.running.remove(sequence)
             self._release(sequence, discard=discard)
@@ -162,6 +166,11 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        assert sequence.pages is not None
+        if self.swap is not None and sequence.computed > 0:
+            held = -(-sequence.computed // PAGE_TOKENS)
+            tables = [sequence.pages.table(group)[:held] for group in range(self.cache.groups)]
+            sequence.swapped = self.swap.store(tables, sequence.computed)
         self._release(sequence)
         sequence.computed = 0
         sequence.preemptions += 1
@@ -175,6 +184,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, now: float) -> _Admission:
         """Starts the sequence if its pages fit and nobody is just computing its beginning."""
+        if sequence.swapped is not None:
+            return self._bring_back(sequence, sequence.swapped, now)
         if sequence.awaits is not None and sequence.awaits.computing is not None:
             return _Admission.DEFERRED
         match = self.cache.match(sequence.tokens, sequence.reusable, sequence.request.params.cache_salt)
@@ -190,9 +201,39 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
             self.prefix_queries += sequence.length
             self.prefix_hits += sequence.computed
+        self._run(sequence)
+        return _Admission.STARTED
+
+    def _bring_back(self, sequence: Sequence, swapped: SwappedPages, now: float) -> _Admission:
+        """Starts a swapped sequence where it was."""
+        opened = self.cache.reopen(
+            sequence.tokens,
+            swapped.computed,
+            self.limits.context,
+            reserve=self._promised(),
+            chunk=self.limits.tokens,
+            salt=sequence.request.params.cache_salt,
+        )
+        if opened is None:
+            return _Admission.FULL
+        pages, missing = opened
+        whole = swapped.load(missing)
+        self._drop_swapped(sequence)
+        if not whole:
+            self.cache.release(pages, discard=True)
+            return self._admit(sequence, now)  # computed again
+        sequence.pages, sequence.computed = pages, swapped.computed
+        self._run(sequence)
+        return _Admission.STARTED
+
+    def _run(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         bisect.insort(self.running, sequence, key=_rank)
-        return _Admission.STARTED
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped is not None:
+            sequence.swapped.close()
+            sequence.swapped = None
 
     def _promised(self) -> list[int]:
         """Pages per group that running prompts were admitted with but have not taken yet."""

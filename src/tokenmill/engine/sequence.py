@@ -9,6 +9,7 @@ from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
 from tokenmill.engine.policies import Rank
 from tokenmill.engine.prefix_cache import PrefixNode
+from tokenmill.engine.swap import SwappedPages
 from tokenmill.program.step import Int32
 from tokenmill.sampling import sampler_settings
 
@@ -33,6 +34,7 @@ class Sequence:
         "scored",
         "settings",
         "started",
+        "swapped",
     )
 
     def __init__(self, request: AddRequest, index: int, rank: Rank, end_ids: frozenset[int]) -> None:
@@ -50,6 +52,8 @@ class Sequence:
         self.pages: SequencePages | None = None
         self.awaits: PrefixNode | None = None
         """The page that another sequence was about to compute when this one last asked to start."""
+        self.swapped: SwappedPages | None = None
+        """Its pages, if a preemption wrote them to a file."""
         self.computed = 0
         """Leading slots whose keys and values are in the cache."""
         self.scored = 1 if self._wants_scores else self.prompt_length
