@@ -36,7 +36,7 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
 from tokenmill.errors import UsageError
 from tokenmill.models import ModelConfig
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer
 
@@ -236,9 +236,13 @@ class LLM:
                 own.with_seed(secrets.randbits(64)),
                 self.tokenizer.eos_ids,
                 arrival=arrival,
+                bad_words=bad_word_ids(own.bad_words, self._encode_plain),
             )
             for ids, own in zip(self._prompt_ids(prompts, room=1), each, strict=True)
         ]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special=False)
 
     def _prompt_ids(self, prompts: Sequence[Prompt], room: int) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
         """Token ids of each prompt, checked; ``room`` is how many tokens must fit after them."""

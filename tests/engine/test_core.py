@@ -264,7 +264,8 @@ def test_masking_everything_is_an_error_of_the_request() -> None:
     params = SamplingParams(seed=0, max_tokens=4, min_tokens=2, stop_token_ids=tuple(range(101)))
     events = run(core, [request(0, [1, 2], params)])
     assert [e.error for e in events if isinstance(e, Failed)] == [
-        "logit_bias and min_tokens leave no token to pick: every logit is -infinity. Bias or mask fewer tokens"
+        "the request leaves no token to pick: logit_bias, min_tokens, bad_words, allowed_token_ids and "
+        "structured_outputs together exclude all. Exclude fewer"
     ]
 
 

@@ -14,6 +14,7 @@ from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
+from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.kv_cache import KvCache
 from tokenmill.engine.ledger import MemoryLedger, memory_budget, parse_size, plan_memory
 from tokenmill.engine.scheduler import SchedulerLimits
@@ -94,17 +95,19 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         clock.lap("read the model file")
         tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
         clock.lap("load the tokenizer")
+        grammars = Grammars(tokenizer, bound.program.vocab_size)
+        open_parts.append(grammars.close)
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
         open_parts.append(weights.close)
         clock.lap("load the weights")
-        backend, core, actual = _allocate(config, program, weights, ledger)
+        backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         if actual.total > ledger.budget.limit:
             # Kernels need more beside the buffers than was planned for: the KV cache makes room.
             backend.close()
             ledger = _plan(config, checkpoint, bound, program, uncounted=actual.total - ledger.total)
-            backend, core, actual = _allocate(config, program, weights, ledger)
+            backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         open_parts.append(backend.close)
         ledger = actual.checked()
         engine = Engine(core, on_close=lambda: _close_all(open_parts))
@@ -172,7 +175,7 @@ def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundMode
 
 
 def _allocate(
-    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger
+    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger, grammars: Grammars
 ) -> tuple[Backend, EngineCore, MemoryLedger]:
     """Backend and core with the pages of ``ledger``, and the ledger with the bytes that they took."""
     limits = StepLimits(
@@ -196,6 +199,7 @@ def _allocate(
         policy=config.policy,
         max_waiting=config.max_waiting,
         swap=swap,
+        grammars=grammars,
     )
     scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
     actual = replace(

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32
+from tokenmill.engine.grammar import Grammar, GrammarError, Grammars, compiled, wait_for_any
 from tokenmill.engine.kv_cache import KvCache, PoolUsage
 from tokenmill.engine.messages import (
     AbortRequest,
@@ -33,6 +35,7 @@ from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.step_budget import step_work
 from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
+from tokenmill.sampling import SamplingError
 
 
 @runtime_checkable
@@ -91,6 +94,7 @@ class EngineCore:
         policy: SchedulingPolicy | None = None,
         max_waiting: int | None = None,
         swap: SwapSpace | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
@@ -106,6 +110,8 @@ class EngineCore:
         self.scheduler = Scheduler(self.cache, limits, swap)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
+        self._grammars = grammars
+        self._compiling: set[Sequence] = set()
         self._requests: dict[int, _Request] = {}
         self._arrivals = 0
         self._policy: SchedulingPolicy = policy or FirstComeFirstServed()
@@ -135,20 +141,25 @@ class EngineCore:
 
     def step(self) -> list[Event]:
         """Runs one step. No events and no work if nothing waits."""
+        events: list[Event] = []
+        self._take_grammars(events)
         begin = self._clock()
         chunks = self.scheduler.schedule(begin)
         if not chunks:
-            return []
+            if self._compiling:  # nothing else to do: the next messages may be worth more than an idle loop
+                wait_for_any([s.compiling for s in self._compiling if s.compiling is not None], _GRAMMAR_WAIT)
+            return events
         plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
         work = step_work(chunks)
+        masks = self._start_masks(chunks)
         logits = self._backend.run(plan)["logits"]
         for chunk in chunks:
             self.scheduler.advance(chunk)
         self.statistics.steps += 1
         self.statistics.tokens += plan.tokens
         self.statistics.preemptions = self.scheduler.preemptions
-        events: list[Event] = []
         self._score(chunks, plan, logits, events)
+        self._end_masks(masks, events)
         self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
         self.scheduler.observe(work, self._clock() - begin)
         return events
@@ -167,6 +178,11 @@ class EngineCore:
         first = self._new_sequence(request, 0)
         if first.remaining == 0:  # a single token to score: it has no log-probability
             return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings(self._clock()))]
+        if message.params.structured_outputs is not None and not message.score_only:
+            if self._grammars is None:
+                return [Failed(message.request_id, "structured_outputs needs a tokenizer, which this engine lacks")]
+            first.compiling = self._grammars.compile(message.params.structured_outputs)
+            self._compiling.add(first)
         self._requests[message.request_id] = request
         self._start(request, first)
         return []
@@ -183,6 +199,12 @@ class EngineCore:
             return f"the prompt has {length} tokens, more than the context of {context}{room}; {advice}"
         if int(message.prompt.min()) < 0 or int(message.prompt.max()) >= self._vocab_size:
             return f"the prompt holds token ids outside of the vocabulary 0..{self._vocab_size - 1}"
+        if any(not 0 <= token < self._vocab_size for word in message.bad_words for token in word):
+            return f"bad_words hold token ids outside of the vocabulary 0..{self._vocab_size - 1}"
+        try:
+            message.params.check_vocabulary(self._vocab_size)
+        except SamplingError as error:
+            return str(error)
         return None
 
     def _refusal(self, message: AddRequest) -> Failed | None:
@@ -221,7 +243,7 @@ class EngineCore:
             others = range(1, request.message.params.n)
             events += [Finished(message.request_id, index, FinishReason.ABORT, timings) for index in others]
         for sequence in stopped:
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
             events.append(self._finished(request, sequence, FinishReason.ABORT))
         return events
 
@@ -290,6 +312,7 @@ class EngineCore:
             [s.settings for s in sequences],
             [s.tokens for s in sequences],
             np.array([s.prompt_length for s in sequences], dtype=np.int32),
+            [s.grammar.mask if s.grammar is not None else None for s in sequences] if self._grammars else [],
         )
         self.statistics.sampled += len(sequences)
         now = self._clock()
@@ -310,6 +333,49 @@ class EngineCore:
             )
             self._end_if_done(request, sequence, token, events)
 
+    def _take_grammars(self, events: list[Event]) -> None:
+        """Lets sequences sample whose grammar has been compiled."""
+        for sequence in [s for s in self._compiling if s.compiling is not None and s.compiling.done()]:
+            assert sequence.compiling is not None
+            self._compiling.discard(sequence)
+            try:
+                sequence.grammar = compiled(sequence.compiling)
+                sequence.compiling = None
+            except GrammarError as error:
+                self._drop(sequence, f"structured_outputs cannot be used: {error}", events)
+
+    def _start_masks(self, chunks: list[Chunk]) -> _Masks | None:
+        """Computes, while the step runs, which tokens the grammars allow after it."""
+        grammars = {
+            chunk.sequence.grammar: chunk.sequence
+            for chunk in chunks
+            if chunk.samples and chunk.sequence.grammar is not None
+        }
+        if not grammars or self._grammars is None:
+            return None
+        return grammars, self._grammars.start_masks(grammars)
+
+    def _end_masks(self, masks: _Masks | None, events: list[Event]) -> None:
+        if masks is None:
+            return
+        sequences, errors = masks
+        for grammar, error in errors.result().items():
+            self._drop(sequences[grammar], f"structured_outputs went beyond its limits: {error}", events)
+
+    def _drop(self, sequence: Sequence, error: str, events: list[Event]) -> None:
+        """Fails the request of a sequence for a reason of its own; what it computed is good."""
+        request = self._requests.pop(sequence.request.request_id, None)
+        if request is not None:
+            for other in request.sequences:
+                self._remove(other)
+            events.append(Failed(sequence.request.request_id, error))
+
+    def _remove(self, sequence: Sequence, *, discard: bool = False) -> None:
+        self._compiling.discard(sequence)
+        if sequence.compiling is not None:
+            sequence.compiling.cancel()
+        self.scheduler.remove(sequence, discard=discard)
+
     def _forks(self, first: Sequence) -> list[Sequence]:
         """The other outputs of a request whose output 0 has just computed the prompt: they share its pages and its
         row of logits, and differ in what they draw."""
@@ -319,14 +385,24 @@ class EngineCore:
         forks = [self._new_sequence(request, index) for index in range(1, first.request.params.n)]
         for fork in forks:
             fork.started, fork.cached_tokens = first.started, first.cached_tokens
+            fork.grammar = None if first.grammar is None else first.grammar.fork()
             request.sequences.append(fork)
             self.scheduler.fork(first, fork)
         return forks
 
     def _end_if_done(self, request: _Request, sequence: Sequence, token: int, events: list[Event]) -> None:
         params = sequence.request.params
+        complete = False
+        if sequence.grammar is not None:
+            try:
+                complete = sequence.grammar.advance(token)
+            except GrammarError as error:
+                self._drop(sequence, f"structured_outputs went beyond its limits: {error}", events)
+                return
         if token in sequence.end_ids:
             reason, stop_token = FinishReason.STOP, token
+        elif complete:
+            reason, stop_token = FinishReason.STOP, None
         elif sequence.output_length == params.max_tokens or sequence.length >= self._limits.context:
             reason, stop_token = FinishReason.LENGTH, None
         else:
@@ -347,8 +423,8 @@ class EngineCore:
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
         if status == _NOTHING_ALLOWED:
-            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
-            error += "Bias or mask fewer tokens"
+            error = "the request leaves no token to pick: logit_bias, min_tokens, bad_words, allowed_token_ids and "
+            error += "structured_outputs together exclude all. Exclude fewer"
             kind = FailureKind.REQUEST
         else:
             error = "the model's logits hold NaN or infinity"
@@ -358,16 +434,19 @@ class EngineCore:
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
             error += ". The weights may be damaged: verify the model file"
         for sequence in request.sequences:
-            self.scheduler.remove(sequence, discard=True)
+            self._remove(sequence, discard=True)
         del self._requests[request.message.request_id]
         events.append(Failed(request.message.request_id, error, kind))
 
 
 _NOTHING_ALLOWED = 2
+_GRAMMAR_WAIT = 0.01
+"""Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""
 _RECENT_ENDS = 32
 _LEAST_RETRY, _MOST_RETRY = 1.0, 120.0
 """Bounds in seconds of when a refused request is told to come back."""
 
+_Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
 _Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
 
 

@@ -58,6 +58,8 @@ class AddRequest:
     score_only: bool = False
     arrival: float = 0.0
     """``time.monotonic()`` at the front door."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences of ``params.bad_words``: :func:`tokenmill.sampling.bad_word_ids`."""
 
 
 @dataclass(frozen=True, slots=True)

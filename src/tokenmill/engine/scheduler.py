@@ -88,7 +88,8 @@ class Scheduler:
             self._release(sequence, discard=discard)
 
     def schedule(self, now: float) -> list[Chunk]:
-        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs.
+        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs but
+        for a grammar.
 
         ``now`` in seconds becomes the start of sequences that start.
         """
@@ -142,6 +143,8 @@ class Scheduler:
             count = min(count, skip + min(budget.scored, budget.rows))
         elif budget.rows == 0 and not sequence.request.score_only:
             count = min(count, sequence.remaining - 1)  # the last token's logits have to wait for the next step
+        if sequence.compiling is not None and not sequence.request.score_only:
+            count = min(count, sequence.remaining - 1)  # the last token has to wait for the grammar
         if count <= 0 or not self._make_room(sequence, sequence.computed + count, chunks, budget):
             return
         if sequence.wants_scores:

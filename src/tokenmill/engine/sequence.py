@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 import numpy as np
 
 from tokenmill._native import SamplerSettings
+from tokenmill.engine.grammar import Grammar
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
 from tokenmill.engine.policies import Rank
@@ -21,9 +24,11 @@ class Sequence:
         "_buffer",
         "awaits",
         "cached_tokens",
+        "compiling",
         "computed",
         "end_ids",
         "first_token",
+        "grammar",
         "index",
         "length",
         "pages",
@@ -43,7 +48,13 @@ class Sequence:
         self.rank = rank
         """Place in the queue: smaller goes first."""
         self.end_ids = end_ids
-        self.settings: SamplerSettings = sampler_settings(request.params, sample_index=index, end_ids=end_ids)
+        self.settings: SamplerSettings = sampler_settings(
+            request.params, sample_index=index, end_ids=end_ids, bad_words=request.bad_words
+        )
+        self.grammar: Grammar | None = None
+        """What it must look like, once that is compiled."""
+        self.compiling: Future[Grammar] | None = None
+        """While this is set the sequence cannot sample."""
         self.prompt_length = len(request.prompt)
         self._buffer = np.zeros(self.prompt_length + 64, dtype=np.int32)
         self._buffer[: self.prompt_length] = request.prompt
