@@ -39,7 +39,7 @@ def test_ageing_bounds_how_long_better_priorities_overtake() -> None:
         core, backend = simulated_core(sequences=1, policy=PriorityWithAgeing(ageing))
         core.handle(request(0, [1] * 30, SamplingParams(max_tokens=5, seed=0, priority=4)))
         number = 1
-        while backend.now < 60:
+        while backend.now < 12:
             waiting = [s for s in core.scheduler.waiting if s.request.params.priority == 0]
             if len(waiting) < 2:
                 core.handle(request(number, [2] * 30, SamplingParams(max_tokens=5, seed=0)))
@@ -53,9 +53,9 @@ def test_ageing_bounds_how_long_better_priorities_overtake() -> None:
 
 
 def test_a_better_priority_keeps_its_pages() -> None:
-    core, _ = simulated_core(pages=12, tokens=64, context=320, policy=PriorityWithAgeing())
+    core, _ = simulated_core(pages=10, tokens=64, context=320, policy=PriorityWithAgeing())
     for number, priority in enumerate((3, 2, 1, 0)):
-        core.handle(request(number, [number] * 40, SamplingParams(max_tokens=200, seed=0, priority=priority)))
+        core.handle(request(number, [number] * 40, SamplingParams(max_tokens=110, seed=0, priority=priority)))
     while core.busy:
         core.step()
         for sequence in [*core.scheduler.running, *core.scheduler.waiting]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
@@ -14,6 +13,7 @@ import numpy as np
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32
+from tokenmill.engine.admission import WaitingBound, problem_of
 from tokenmill.engine.grammar import Grammar, GrammarError, Grammars, compiled, wait_for_any
 from tokenmill.engine.kv_cache import KvCache, PoolUsage
 from tokenmill.engine.messages import (
@@ -32,10 +32,10 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.statistics import EngineSnapshot, StepRecord, StepStatistics
 from tokenmill.engine.step_budget import step_work
 from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
-from tokenmill.sampling import SamplingError
 
 
 @runtime_checkable
@@ -45,17 +45,6 @@ class Diagnoses(Protocol):
     def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
         """Name of the first op that gave NaN or infinity on the way to row ``sampled_row`` of the logits of ``plan``,
         the step run last. May run it again."""
-
-
-@dataclass(slots=True)
-class StepStatistics:
-    """Counters since the start."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Rows that ran."""
-    sampled: int = 0
-    preemptions: int = 0
 
 
 @dataclass(slots=True)
@@ -115,10 +104,8 @@ class EngineCore:
         self._requests: dict[int, _Request] = {}
         self._arrivals = 0
         self._policy: SchedulingPolicy = policy or FirstComeFirstServed()
-        self._max_waiting = max_waiting
+        self._bound = WaitingBound(max_waiting)
         self._clock = clock
-        self._ends: deque[float] = deque(maxlen=_RECENT_ENDS)
-        """When the last requests ended."""
 
     @property
     def busy(self) -> bool:
@@ -135,12 +122,44 @@ class EngineCore:
 
     def handle(self, message: Message) -> list[Event]:
         """Takes a request in, or stops one. What is wrong with a request is an event, not an exception."""
-        if isinstance(message, AddRequest):
-            return self._add(message)
-        return self._abort(message)
+        return self._counted(self._add(message) if isinstance(message, AddRequest) else self._abort(message))
 
     def step(self) -> list[Event]:
         """Runs one step. No events and no work if nothing waits."""
+        return self._counted(self._step())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes: no request that starts later finds what was computed so far."""
+        self.cache.reset()
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine does and has done."""
+        scheduler = self.scheduler
+        swap = scheduler.swap
+        return EngineSnapshot(
+            time=self._clock(),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            swapped=sum(sequence.swapped is not None for sequence in scheduler.waiting),
+            kv=tuple(self.cache.usage()),
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            swap_used=0 if swap is None else swap.used,
+            swap_limit=0 if swap is None else swap.limit,
+            swapped_out=0 if swap is None else swap.swapped_out,
+            swapped_in=0 if swap is None else swap.swapped_in,
+            steps=self.statistics.copy(),
+        )
+
+    def _counted(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            if isinstance(event, Finished):
+                self.statistics.finished[event.reason] += 1
+            elif isinstance(event, Failed):
+                self.statistics.failed[event.kind] += 1
+        return events
+
+    def _step(self) -> list[Event]:
         events: list[Event] = []
         self._take_grammars(events)
         begin = self._clock()
@@ -152,25 +171,33 @@ class EngineCore:
         plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
         work = step_work(chunks)
         masks = self._start_masks(chunks)
+        planned = self._clock()
         logits = self._backend.run(plan)["logits"]
+        ran = self._clock()
         for chunk in chunks:
             self.scheduler.advance(chunk)
-        self.statistics.steps += 1
-        self.statistics.tokens += plan.tokens
-        self.statistics.preemptions = self.scheduler.preemptions
         self._score(chunks, plan, logits, events)
         self._end_masks(masks, events)
         self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
-        self.scheduler.observe(work, self._clock() - begin)
+        end = self._clock()
+        self.scheduler.observe(work, end - begin)
+        self.statistics.preemptions = self.scheduler.preemptions
+        self.statistics.add(
+            StepRecord(begin, planned - begin, ran - planned, end - ran, work.decoded, work.prompt_tokens, len(chunks))
+        )
         return events
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
     def _add(self, message: AddRequest) -> list[Event]:
-        problem = self._problem(message)
+        if message.request_id in self._requests:
+            return [Failed(message.request_id, f"request {message.request_id} exists already")]
+        problem = problem_of(message, context=self._limits.context, vocab_size=self._vocab_size)
         if problem is not None:
             return [Failed(message.request_id, problem)]
-        refusal = self._refusal(message)
+        waiting = sum(sequence.started is None for sequence in self.scheduler.waiting)
+        seats = max(self._limits.sequences - len(self.scheduler.running), 0)
+        refusal = self._bound.refusal(message.request_id, waiting, seats)
         if refusal is not None:
             return [refusal]
         request = _Request(message, self._arrivals, self._clock())
@@ -184,43 +211,9 @@ class EngineCore:
             first.compiling = self._grammars.compile(message.params.structured_outputs)
             self._compiling.add(first)
         self._requests[message.request_id] = request
+        self.statistics.requests += 1
         self._start(request, first)
         return []
-
-    def _problem(self, message: AddRequest) -> str | None:
-        length, context = len(message.prompt), self._limits.context
-        if message.request_id in self._requests:
-            return f"request {message.request_id} exists already"
-        if length == 0:
-            return "the prompt is empty: it needs at least one token"
-        if length + (not message.score_only) > context:
-            room = "" if message.score_only else " with room for one more"
-            advice = "shorten it or raise max_model_len"
-            return f"the prompt has {length} tokens, more than the context of {context}{room}; {advice}"
-        if int(message.prompt.min()) < 0 or int(message.prompt.max()) >= self._vocab_size:
-            return f"the prompt holds token ids outside of the vocabulary 0..{self._vocab_size - 1}"
-        if any(not 0 <= token < self._vocab_size for word in message.bad_words for token in word):
-            return f"bad_words hold token ids outside of the vocabulary 0..{self._vocab_size - 1}"
-        try:
-            message.params.check_vocabulary(self._vocab_size)
-        except SamplingError as error:
-            return str(error)
-        return None
-
-    def _refusal(self, message: AddRequest) -> Failed | None:
-        """Not None if too many requests wait already."""
-        if self._max_waiting is None:
-            return None
-        free = max(self._limits.sequences - len(self.scheduler.running), 0)
-        waiting = sum(sequence.started is None for sequence in self.scheduler.waiting)
-        if waiting < self._max_waiting + free:
-            return None
-        retry_after = _LEAST_RETRY
-        if len(self._ends) > 1 and self._ends[-1] > self._ends[0]:
-            a_request = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-            retry_after = min(max(waiting * a_request, _LEAST_RETRY), _MOST_RETRY)
-        error = f"{waiting} requests wait already, the most that may (max_waiting); try again later"
-        return Failed(message.request_id, error, FailureKind.OVERLOADED, retry_after)
 
     def _new_sequence(self, request: _Request, index: int) -> Sequence:
         params = request.message.params
@@ -415,7 +408,7 @@ class EngineCore:
     ) -> Finished:
         request.sequences.remove(sequence)
         if not request.sequences and self._requests.pop(sequence.request.request_id, None) is not None:
-            self._ends.append(self._clock())
+            self._bound.ended(self._clock())
         return Finished(
             sequence.request.request_id, sequence.index, reason, sequence.timings(self._clock()), stop_token
         )
@@ -442,9 +435,6 @@ class EngineCore:
 _NOTHING_ALLOWED = 2
 _GRAMMAR_WAIT = 0.01
 """Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""
-_RECENT_ENDS = 32
-_LEAST_RETRY, _MOST_RETRY = 1.0, 120.0
-"""Bounds in seconds of when a refused request is told to come back."""
 
 _Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
 _Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
