@@ -422,6 +422,16 @@ def test_the_real_model_answers_in_the_form_that_is_asked_for(real: LLM) -> None
     assert answers[2] == "Paris"
 
 
+def test_the_real_models_best_beam_is_at_least_as_likely_as_its_greedy_answer(real: LLM) -> None:
+    asked = "The capital of France is"
+    (found,) = real.beam_search(asked, beam_width=4, max_tokens=12, length_penalty=0.0, ignore_eos=True)
+    totals = [output.cumulative_logprob for output in found.outputs]
+    greedy = real.generate(asked, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0))[0]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] >= greedy.outputs[0].cumulative_logprob
+    assert len({output.text for output in found.outputs}) == 4
+
+
 def test_the_real_model_does_without_bad_words(real: LLM) -> None:
     asked = "The capital of France is"
     params = SamplingParams(temperature=0, max_tokens=12, bad_words=["Paris"])

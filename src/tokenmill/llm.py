@@ -11,6 +11,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from tokenmill.engine.engine import EventStream
 from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import (
     AddRequest,
+    BeamSearch,
     EngineError,
     EngineOverloadedError,
     Failed,
@@ -36,11 +38,13 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
 from tokenmill.errors import UsageError
 from tokenmill.models import ModelConfig
-from tokenmill.sampling import SamplingParams, bad_word_ids
+from tokenmill.sampling import MAX_BEST_LOGPROBS, SamplingError, SamplingParams, bad_word_ids
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
+
+MAX_BEAM_WIDTH = MAX_BEST_LOGPROBS // 2
 
 Prompt = str | Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 Message = Mapping[str, Any]
@@ -132,17 +136,38 @@ class LLM:
         and SamplingError before anything runs, EngineError if a prompt fails (the others are cancelled).
         """
         batch = _as_batch(prompts)
-        requests = self._requests(batch, params)
-        run = _Run(self, requests)
-        outputs = [
-            RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
-            for prompt, request in zip(batch, requests, strict=True)
-        ]
-        run.finish()
-        for output, request in zip(outputs, requests, strict=True):
-            if request.params.prompt_logprobs is not None:
-                output.prompt_logprobs = [None, *run.scores[request.request_id]]
-        return outputs
+        return self._run_all(batch, self._requests(batch, params))
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beam_width: int = 4,
+        max_tokens: int | None = 64,
+        length_penalty: float = 1.0,
+        ignore_eos: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[RequestOutput]:
+        """The ``beam_width`` (1 to 64) likeliest outputs of each prompt, best first.
+
+        Outputs are compared by ``cumulative_logprob`` over the number of their tokens to the power of
+        ``length_penalty``: above 0 it favours longer ones. Raises as :meth:`generate` does.
+        """
+        if isinstance(beam_width, bool) or not isinstance(beam_width, int) or not 1 <= beam_width <= MAX_BEAM_WIDTH:
+            raise SamplingError(f"beam_width is {beam_width!r}; it must be a whole number, 1 to {MAX_BEAM_WIDTH}")
+        if isinstance(length_penalty, bool | str) or not -10 <= length_penalty <= 10:
+            raise SamplingError(f"length_penalty is {length_penalty!r}; it must be a number, -10 to 10")
+        params = SamplingParams(
+            n=beam_width,
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop_token_ids,
+            logprobs=2 * beam_width,
+        )
+        search = BeamSearch(beam_width, float(length_penalty))
+        batch = _as_batch(prompts)
+        return self._run_all(batch, [replace(one, beam=search) for one in self._requests(batch, params)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> OutputStream:
         """The output of one prompt, piece by piece as it comes. Closing the iterator cancels the request.
@@ -240,6 +265,18 @@ class LLM:
             )
             for ids, own in zip(self._prompt_ids(prompts, room=1), each, strict=True)
         ]
+
+    def _run_all(self, batch: Sequence[Prompt], requests: Sequence[AddRequest]) -> list[RequestOutput]:
+        run = _Run(self, requests)
+        outputs = [
+            RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
+            for prompt, request in zip(batch, requests, strict=True)
+        ]
+        run.finish()
+        for output, request in zip(outputs, requests, strict=True):
+            if request.params.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *run.scores[request.request_id]]
+        return outputs
 
     def _encode_plain(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special=False)

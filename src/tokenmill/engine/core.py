@@ -14,6 +14,7 @@ import numpy as np
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32
 from tokenmill.engine.admission import WaitingBound, problem_of
+from tokenmill.engine.beam_search import BeamGroup, Hypothesis
 from tokenmill.engine.grammar import Grammar, GrammarError, Grammars, compiled, wait_for_any
 from tokenmill.engine.kv_cache import KvCache, PoolUsage
 from tokenmill.engine.messages import (
@@ -55,6 +56,13 @@ class _Request:
     arrived: float
     sequences: list[Sequence] = field(default_factory=list)
     """Outputs that wait or run. Output 0 computes the prompt; the others are forked off right after it."""
+    beams: BeamGroup | None = None
+    hypotheses: dict[Sequence, Hypothesis] = field(default_factory=dict)
+    """What the beams have generated."""
+    forked: int = 0
+    """Beams that were forked off others so far."""
+    nexts: dict[Sequence, TokenLogprobs] = field(default_factory=dict)
+    """The likeliest next tokens of the beams that know them."""
 
     @property
     def started_all(self) -> bool:
@@ -203,6 +211,11 @@ class EngineCore:
         request = _Request(message, self._arrivals, self._clock())
         self._arrivals += 1
         first = self._new_sequence(request, 0)
+        if message.beam is not None:
+            params, room = message.params, self._limits.context - first.length
+            longest = room if params.max_tokens is None else min(params.max_tokens, room)
+            request.beams = BeamGroup(message.beam, longest, first.end_ids)
+            request.hypotheses[first] = Hypothesis()
         if first.remaining == 0:  # a single token to score: it has no log-probability
             return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings(self._clock()))]
         if message.params.structured_outputs is not None and not message.score_only:
@@ -229,6 +242,8 @@ class EngineCore:
         request = self._requests.get(message.request_id)
         if request is None:
             return []
+        if request.beams is not None:
+            return [] if message.index is not None else self._end_beams(request, [], FinishReason.ABORT)
         stopped = [s for s in request.sequences if message.index is None or s.index == message.index]
         events: list[Event] = []
         if message.index is None and not request.started_all:
@@ -316,6 +331,13 @@ class EngineCore:
             if results[1][i]:
                 self._fail(request, plan, rows[sequence], int(results[1][i]), events)
                 continue
+            if request.beams is not None:
+                sequence.first_token = now if sequence.first_token is None else sequence.first_token
+                sequence.parked = True
+                request.nexts[sequence] = _token_logprobs(results, i, sequence.request.params.logprobs or 0)
+                if len(request.nexts) == len(request.sequences):
+                    self._expand_beams(request, events)
+                continue
             wanted = sequence.request.params.logprobs
             logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
             token = int(results[0][i])
@@ -372,7 +394,7 @@ class EngineCore:
     def _forks(self, first: Sequence) -> list[Sequence]:
         """The other outputs of a request whose output 0 has just computed the prompt: they share its pages and its
         row of logits, and differ in what they draw."""
-        if first.index > 0 or first.output_length > 0:
+        if first.index > 0 or first.output_length > 0 or first.request.beam is not None:
             return []
         request = self._requests[first.request.request_id]
         forks = [self._new_sequence(request, index) for index in range(1, first.request.params.n)]
@@ -382,6 +404,54 @@ class EngineCore:
             request.sequences.append(fork)
             self.scheduler.fork(first, fork)
         return forks
+
+    def _expand_beams(self, request: _Request, events: list[Event]) -> None:
+        """All beams of a request know their next tokens: the best continuations become its beams."""
+        assert request.beams is not None
+        beams = request.sequences
+        children = request.beams.expand([(beam, request.hypotheses[beam], request.nexts[beam]) for beam in beams])
+        if not children:
+            events += self._end_beams(request, request.beams.best(), FinishReason.LENGTH)
+            return
+        hypotheses: dict[Sequence, Hypothesis] = {}
+        for child in children:  # forks come before any parent changes
+            beam = child.parent
+            if beam in hypotheses:
+                request.forked += 1
+                beam = child.parent.twin(request.forked)
+                self.scheduler.fork(child.parent, beam)
+            hypotheses[beam] = child.hypothesis
+        for beam in [beam for beam in beams if beam not in hypotheses]:
+            self._remove(beam)
+        for beam, hypothesis in hypotheses.items():
+            beam.parked = False
+            beam.append(hypothesis.tokens[-1])
+        request.sequences, request.hypotheses = list(hypotheses), hypotheses
+        request.nexts.clear()
+
+    def _end_beams(self, request: _Request, found: list[Hypothesis], reason: FinishReason) -> list[Event]:
+        """Ends a beam search with what it ``found``, best first; outputs that it did not find end with ``reason``."""
+        events: list[Event] = []
+        message, now = request.message, self._clock()
+        timings = request.sequences[0].timings(now)
+        for index in range(message.params.n):
+            ended, stop_token = False, None
+            if index < len(found):
+                hypothesis = found[index]
+                ended = hypothesis.ended
+                stop_token = hypothesis.tokens[-1] if ended else None
+                places = enumerate(zip(hypothesis.tokens, hypothesis.logprobs, strict=True), start=1)
+                for place, (token, logprobs) in places:
+                    stops = ended and place == len(hypothesis.tokens)
+                    events.append(TokenOutput(message.request_id, index, token, logprobs, stops))
+            events.append(
+                Finished(message.request_id, index, FinishReason.STOP if ended else reason, timings, stop_token)
+            )
+        for beam in request.sequences:
+            self._remove(beam)
+        del self._requests[message.request_id]
+        self._bound.ended(now)
+        return events
 
     def _end_if_done(self, request: _Request, sequence: Sequence, token: int, events: list[Event]) -> None:
         params = sequence.request.params

@@ -89,7 +89,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> list[Chunk]:
         """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs but
-        for a grammar.
+        for a grammar, or beams have to make room for each other first.
 
         ``now`` in seconds becomes the start of sequences that start.
         """
@@ -109,6 +109,9 @@ class Scheduler:
             and budget.prompt_tokens(0) > 0
         ):
             head = self.waiting[place]
+            if head.parked:
+                place += 1
+                continue
             match self._admit(head, now):
                 case _Admission.STARTED:
                     self._plan(head, chunks, budget)
@@ -116,6 +119,8 @@ class Scheduler:
                     place += 1
                 case _Admission.FULL:
                     break
+        if not chunks:
+            self._unseat_parked()
         return [chunks[sequence] for sequence in self.running if sequence in chunks]
 
     def advance(self, chunk: Chunk) -> None:
@@ -179,6 +184,12 @@ class Scheduler:
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
+
+    def _unseat_parked(self) -> None:
+        """Nothing can run: if that is because beams wait on pages and seats that their siblings lack, one yields."""
+        parked = [sequence for sequence in self.running if sequence.parked]
+        if parked and any(not sequence.parked for sequence in self.waiting):
+            self._preempt(parked[-1])
 
     def _release(self, sequence: Sequence, *, discard: bool = False) -> None:
         assert sequence.pages is not None

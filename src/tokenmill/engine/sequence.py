@@ -32,6 +32,7 @@ class Sequence:
         "index",
         "length",
         "pages",
+        "parked",
         "preemptions",
         "prompt_length",
         "rank",
@@ -51,6 +52,8 @@ class Sequence:
         self.settings: SamplerSettings = sampler_settings(
             request.params, sample_index=index, end_ids=end_ids, bad_words=request.bad_words
         )
+        self.parked = False
+        """True for a beam that knows its next tokens and waits for its siblings: it must not run."""
         self.grammar: Grammar | None = None
         """What it must look like, once that is compiled."""
         self.compiling: Future[Grammar] | None = None
@@ -108,6 +111,14 @@ class Sequence:
         """Leading tokens that may come from the prefix cache: the last one's logits are needed, and log-probabilities
         of the prompt need the logits of all."""
         return 0 if self.wants_scores else self.length - 1
+
+    def twin(self, index: int) -> Sequence:
+        """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
+        other = Sequence(self.request, index, (*self.rank[:2], index), self.end_ids)
+        other._buffer, other.length = self._buffer.copy(), self.length
+        other.scored, other.cached_tokens, other.started = self.scored, self.cached_tokens, self.started
+        other.first_token = self.first_token
+        return other
 
     def append(self, token: int) -> None:
         if self.length == len(self._buffer):
