@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import re
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from tokenmill.errors import MemoryLimitError, UsageError
 from tokenmill.llm import LLM, PromptError, SamplingParams
 from tokenmill.program.kv import KvGroupSpec
 from tokenmill.sampling import SamplingError
+from tokenmill.structured import StructuredOutputs
 from tokenmill.tokenizer import IncrementalDetokenizer
 
 GROUP = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
@@ -397,6 +400,42 @@ def test_the_real_model_gives_the_same_tokens_alone_together_and_from_the_cache(
     assert together[1].timings is not None
     assert together[1].timings.cached_tokens > 0
     assert real.score(prompts[0]).tobytes() == real.score(prompts[0]).tobytes()
+
+
+def test_the_real_model_answers_in_the_form_that_is_asked_for(real: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer", "maximum": 9999999}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    asked = "The capital of France as JSON: "
+    shapes = (
+        StructuredOutputs(json=schema, disable_any_whitespace=True),
+        StructuredOutputs(regex="Paris|London, [0-9]{4}"),
+        StructuredOutputs(choice=["Berlin", "Paris"]),
+    )
+    params = [SamplingParams(temperature=0, max_tokens=60, structured_outputs=shape) for shape in shapes]
+    answers = [output.text for output in real.generate([asked] * 3, params)]
+    assert set(json.loads(answers[0])) == {"city", "people"}
+    assert re.fullmatch("Paris|London, [0-9]{4}", answers[1])
+    assert answers[2] == "Paris"
+
+
+def test_the_real_models_best_beam_is_at_least_as_likely_as_its_greedy_answer(real: LLM) -> None:
+    asked = "The capital of France is"
+    (found,) = real.beam_search(asked, beam_width=4, max_tokens=12, length_penalty=0.0, ignore_eos=True)
+    totals = [output.cumulative_logprob for output in found.outputs]
+    greedy = real.generate(asked, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=0))[0]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[0] >= greedy.outputs[0].cumulative_logprob
+    assert len({output.text for output in found.outputs}) == 4
+
+
+def test_the_real_model_does_without_bad_words(real: LLM) -> None:
+    asked = "The capital of France is"
+    params = SamplingParams(temperature=0, max_tokens=12, bad_words=["Paris"])
+    assert "Paris" not in real.generate(asked, params)[0].text
 
 
 def test_the_real_models_ledger_is_within_its_budget(real: LLM, smollm2_path: Path) -> None:

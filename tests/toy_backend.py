@@ -8,11 +8,11 @@ shared while being written, or a table entry that is wrong changes the logits, a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tokenmill.backends.backend import Float32, StepLimits
+from tokenmill.backends.backend import Float32, StepLimits, UInt8
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.program.step import StepPlan
 
@@ -42,6 +42,15 @@ class ToyBackend:
 
     def close(self) -> None:
         pass
+
+    def copy_page(self, group: int, from_page: int, to_page: int) -> None:
+        self.pages[group][to_page] = self.pages[group][from_page]
+
+    def read_page(self, group: int, page: int) -> tuple[UInt8, ...]:
+        return (self.pages[group][page].reshape(-1).view(np.uint8),)
+
+    def write_page(self, group: int, page: int, planes: Sequence[UInt8]) -> None:
+        self.pages[group][page].reshape(-1).view(np.uint8)[:] = planes[0]
 
     def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
         return f"toy.row of token {plan.token_ids[plan.sampled_rows[sampled_row]]}"

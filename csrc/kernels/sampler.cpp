@@ -100,19 +100,45 @@ class Sampler::Worker {
   }
 
  private:
-  // The row after logit_bias, min_tokens and penalties; the row itself if none of them does anything.
+  // The row after masks, bad words, logit_bias, min_tokens and penalties; the row itself if none does anything.
   const float* adjusted(const SampleRow& row) {
     const SamplerSettings& settings = *row.settings;
     const auto output_tokens = static_cast<int64_t>(row.tokens.size()) - row.prompt_tokens;
     const bool masks_ends = output_tokens < settings.min_tokens && !settings.end_ids.empty();
-    if (settings.bias_ids.empty() && !masks_ends && !settings.penalizes()) return row.logits;
+    const bool masks = !row.mask.empty() || !settings.allowed.empty() || !settings.bad_words.empty();
+    if (settings.bias_ids.empty() && !masks_ends && !masks && !settings.penalizes()) return row.logits;
     std::copy_n(row.logits, n_, logits_.begin());
+    if (!settings.allowed.empty()) keep(settings.allowed.data(), settings.allowed.size());
+    if (!row.mask.empty()) keep(row.mask.data(), row.mask.size());
+    for (const auto& word : settings.bad_words) {
+      if (would_complete(word, row.tokens.subspan(static_cast<size_t>(row.prompt_tokens)))) at(word.back()) = -kInfinity;
+    }
     for (size_t i = 0; i < settings.bias_ids.size(); ++i) at(settings.bias_ids[i]) += settings.biases[i];
     if (masks_ends) {
       for (const int32_t id : settings.end_ids) at(id) = -kInfinity;
     }
     if (settings.penalizes()) penalize(row);
     return logits_.data();
+  }
+
+  // Tokens without a bit become -infinity. Most words of a grammar's mask are all zeros or all ones.
+  template <class Word>
+  void keep(const Word* words, size_t count) {
+    for (int64_t start = 0; start < n_; start += 32) {
+      const auto word = static_cast<size_t>(start / 32);
+      const uint32_t bits = word < count ? static_cast<uint32_t>(words[word]) : 0U;
+      if (bits == ~0U) continue;
+      const int64_t end = std::min<int64_t>(start + 32, n_);
+      for (int64_t id = start; id < end; ++id) {
+        if (((bits >> (id - start)) & 1U) == 0) logits_[static_cast<size_t>(id)] = -kInfinity;
+      }
+    }
+  }
+
+  // True if the output ends with all of `word` but its last token.
+  static bool would_complete(const std::vector<int32_t>& word, std::span<const int32_t> output) {
+    const size_t before = word.size() - 1;
+    return before <= output.size() && std::equal(word.begin(), word.end() - 1, output.end() - static_cast<ptrdiff_t>(before));
   }
 
   void penalize(const SampleRow& row) {

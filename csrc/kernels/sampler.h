@@ -13,8 +13,8 @@
 
 namespace tokenmill {
 
-// One request's parameters, in the order in which they act on a row: logit_bias, min_tokens, penalties, temperature,
-// min_p, top_k, top_p, typical_p. Meanings are vLLM's; typical_p is Meister et al., "Locally typical sampling", 2022.
+// One request's parameters, in the order in which they act on a row: what may be picked at all (allowed tokens, the
+// row's mask, bad words), logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p, typical_p. Meanings are vLLM's; typical_p is Meister et al., "Locally typical sampling", 2022.
 struct SamplerSettings {
   float temperature = 1.0f;  // 0 is greedy: the filters below do not matter then
   int32_t top_k = 0;         // 0 keeps all
@@ -30,6 +30,8 @@ struct SamplerSettings {
   std::vector<int32_t> end_ids;
   std::vector<int32_t> bias_ids;
   std::vector<float> biases;
+  std::vector<uint32_t> allowed;  // bit i % 32 of word i / 32: token i may be picked; what lies beyond may not. Empty: all
+  std::vector<std::vector<int32_t>> bad_words;  // token sequences of which the output must not complete one
   int32_t logprobs = -1;  // -1: none; n: the picked token's and the n best, of the row as the model gave it
 
   bool penalizes() const {
@@ -42,6 +44,7 @@ struct SampleRow {
   const SamplerSettings* settings;
   std::span<const int32_t> tokens;  // prompt, then output so far; their count is the drawn token's position
   int32_t prompt_tokens;
+  std::span<const int32_t> mask = {};  // like `allowed`, for this token only; empty: all
 };
 
 enum class RowStatus : int32_t {

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenmill.llm import LLM
     from tokenmill.sampling import SamplingParams
+    from tokenmill.structured import StructuredOutputs
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputs", "__version__"]
 
-_LAZY = {"LLM": "tokenmill.llm", "SamplingParams": "tokenmill.sampling"}
+_LAZY = {"LLM": "tokenmill.llm", "SamplingParams": "tokenmill.sampling", "StructuredOutputs": "tokenmill.structured"}
 
 
 def __getattr__(name: str) -> object:

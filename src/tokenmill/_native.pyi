@@ -174,7 +174,7 @@ def f32_operations_per_second(threads: int = 0, seconds: float = 0.3) -> float:
 class SamplerSettings:
     """One request's sampling parameters, converted once."""
 
-    def __init__(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0, sample_index: int = 0, min_tokens: int = 0, end_ids: Sequence[int] = [], bias_ids: Sequence[int] = [], biases: Sequence[float] = [], logprobs: int = -1) -> None: ...
+    def __init__(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0, sample_index: int = 0, min_tokens: int = 0, end_ids: Sequence[int] = [], bias_ids: Sequence[int] = [], biases: Sequence[float] = [], allowed: Sequence[int] = [], bad_words: Sequence[Sequence[int]] = [], logprobs: int = -1) -> None: ...
 
 class Sampler:
     """Picks tokens from rows of logits; one caller at a time."""
@@ -184,12 +184,13 @@ class Sampler:
     @property
     def scratch_bytes(self) -> int: ...
 
-    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple[Any, ...]:
+    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], masks: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None] = []) -> tuple[Any, ...]:
         """
         Returns (ids, status, logprobs, ranks, best_ids, best_logprobs), each with one entry per element of `rows`.
 
         `tokens` holds each sequence's prompt and output so far (int32). Status is 0, 1 (NaN or infinity in the row)
-        or 2 (nothing may be picked). Log-probabilities are of the logits as given.
+        or 2 (nothing may be picked). Log-probabilities are of the logits as given. `masks` is empty, or holds for each
+        row None or one bit a token (int32, bit i % 32 of word i / 32): those without a bit cannot be picked.
         """
 
     def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], best: int = 0) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -24,8 +25,11 @@ from tokenmill.engine.engine import EventStream
 from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import (
     AddRequest,
+    BeamSearch,
     EngineError,
+    EngineOverloadedError,
     Failed,
+    FailureKind,
     Finished,
     PromptScored,
     TokenLogprobs,
@@ -34,11 +38,13 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
 from tokenmill.errors import UsageError
 from tokenmill.models import ModelConfig
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import MAX_BEST_LOGPROBS, SamplingError, SamplingParams, bad_word_ids
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
+
+MAX_BEAM_WIDTH = MAX_BEST_LOGPROBS // 2
 
 Prompt = str | Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 Message = Mapping[str, Any]
@@ -71,6 +77,11 @@ class LLM:
         threads: int = 0,
         cache_dir: str | Path | None = None,
         enable_prefix_caching: bool = True,
+        swap_space: int | str | None = None,
+        swap_dir: str | Path | None = None,
+        step_target: float | None = None,
+        scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
+        max_waiting: int | None = None,
     ) -> None:
         self.config = EngineConfig(
             model=model,
@@ -83,6 +94,11 @@ class LLM:
             threads=threads,
             cache_dir=cache_dir,
             enable_prefix_caching=enable_prefix_caching,
+            swap_space=swap_space,
+            swap_dir=swap_dir,
+            step_target=step_target,
+            scheduling_policy=scheduling_policy,
+            max_waiting=max_waiting,
         )
         loaded = load_model(self.config, resolve(model))
         self.path: Path = loaded.path
@@ -120,17 +136,38 @@ class LLM:
         and SamplingError before anything runs, EngineError if a prompt fails (the others are cancelled).
         """
         batch = _as_batch(prompts)
-        requests = self._requests(batch, params)
-        run = _Run(self, requests)
-        outputs = [
-            RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
-            for prompt, request in zip(batch, requests, strict=True)
-        ]
-        run.finish()
-        for output, request in zip(outputs, requests, strict=True):
-            if request.params.prompt_logprobs is not None:
-                output.prompt_logprobs = [None, *run.scores[request.request_id]]
-        return outputs
+        return self._run_all(batch, self._requests(batch, params))
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        beam_width: int = 4,
+        max_tokens: int | None = 64,
+        length_penalty: float = 1.0,
+        ignore_eos: bool = False,
+        stop_token_ids: Sequence[int] = (),
+    ) -> list[RequestOutput]:
+        """The ``beam_width`` (1 to 64) likeliest outputs of each prompt, best first.
+
+        Outputs are compared by ``cumulative_logprob`` over the number of their tokens to the power of
+        ``length_penalty``: above 0 it favours longer ones. Raises as :meth:`generate` does.
+        """
+        if isinstance(beam_width, bool) or not isinstance(beam_width, int) or not 1 <= beam_width <= MAX_BEAM_WIDTH:
+            raise SamplingError(f"beam_width is {beam_width!r}; it must be a whole number, 1 to {MAX_BEAM_WIDTH}")
+        if isinstance(length_penalty, bool | str) or not -10 <= length_penalty <= 10:
+            raise SamplingError(f"length_penalty is {length_penalty!r}; it must be a number, -10 to 10")
+        params = SamplingParams(
+            n=beam_width,
+            temperature=0,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            stop_token_ids=stop_token_ids,
+            logprobs=2 * beam_width,
+        )
+        search = BeamSearch(beam_width, float(length_penalty))
+        batch = _as_batch(prompts)
+        return self._run_all(batch, [replace(one, beam=search) for one in self._requests(batch, params)])
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> OutputStream:
         """The output of one prompt, piece by piece as it comes. Closing the iterator cancels the request.
@@ -224,9 +261,25 @@ class LLM:
                 own.with_seed(secrets.randbits(64)),
                 self.tokenizer.eos_ids,
                 arrival=arrival,
+                bad_words=bad_word_ids(own.bad_words, self._encode_plain),
             )
             for ids, own in zip(self._prompt_ids(prompts, room=1), each, strict=True)
         ]
+
+    def _run_all(self, batch: Sequence[Prompt], requests: Sequence[AddRequest]) -> list[RequestOutput]:
+        run = _Run(self, requests)
+        outputs = [
+            RequestOutput(prompt if isinstance(prompt, str) else None, request.prompt.tolist(), run.outputs(request))
+            for prompt, request in zip(batch, requests, strict=True)
+        ]
+        run.finish()
+        for output, request in zip(outputs, requests, strict=True):
+            if request.params.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *run.scores[request.request_id]]
+        return outputs
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special=False)
 
     def _prompt_ids(self, prompts: Sequence[Prompt], room: int) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
         """Token ids of each prompt, checked; ``room`` is how many tokens must fit after them."""
@@ -333,6 +386,8 @@ class _Run:
                     case Failed():
                         self._open = {key for key in self._open if key[0] != event.request_id}
                         which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
+                        if event.kind is FailureKind.OVERLOADED:
+                            raise EngineOverloadedError(which + event.error, event.retry_after or 1.0)
                         raise EngineError(which + event.error)
         finally:
             self.cancel()

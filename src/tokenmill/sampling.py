@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from tokenmill import _native
 from tokenmill.errors import UsageError
+from tokenmill.structured import StructuredOutputs
 
 MAX_BEST_LOGPROBS = 128
 MAX_SAMPLES = 128
+MAX_PRIORITY = 1000
+MAX_BAD_WORDS = 1024
 
 
 class SamplingError(UsageError):
@@ -21,9 +24,9 @@ class SamplingError(UsageError):
 class SamplingParams:
     """How to pick tokens. Raises :class:`SamplingError` on construction if a value is out of range.
 
-    They act in this order: ``logit_bias``, ``min_tokens``, penalties, ``temperature``, ``min_p``, ``top_k``,
-    ``top_p``, ``typical_p``. The same logits with the same ``seed`` give the same tokens on every processor, whatever
-    else runs beside the request.
+    They act in this order: ``allowed_token_ids``, ``structured_outputs``, ``bad_words``, ``logit_bias``,
+    ``min_tokens``, penalties, ``temperature``, ``min_p``, ``top_k``, ``top_p``, ``typical_p``. The same logits with the
+    same ``seed`` give the same tokens on every processor, whatever else runs beside the request.
     """
 
     max_tokens: int | None = 16
@@ -48,17 +51,32 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    """Texts that the output must not get, as the tokenizer writes them at a text's beginning and after a space."""
+    allowed_token_ids: Sequence[int] | None = None
+    """If given, only these can be picked."""
+    structured_outputs: StructuredOutputs | None = None
+    """What the output must look like. It ends as soon as it can have no more."""
     logprobs: int | None = None
     """Log-probability of each generated token and of this many best ones, before penalties and temperature."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens from the second on."""
     n: int = 1
     """Outputs per prompt."""
+    priority: int = 0
+    """Smaller goes first, -1000 to 1000, where the engine's scheduling policy is "priority"."""
+    cache_salt: str | None = None
+    """Only requests of the same salt share cached prefixes: what is cached for one tenant tells another nothing."""
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", _items("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "bad_words", _items("bad_words", self.bad_words))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _items("allowed_token_ids", self.allowed_token_ids))
+            if not self.allowed_token_ids:
+                raise SamplingError("allowed_token_ids is empty; name at least one token, or give None to allow all")
         if not isinstance(self.logit_bias, Mapping):
             raise SamplingError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
@@ -86,11 +104,27 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _check_whole("logit_bias", token, 0, None)
             _check_real(f"logit_bias of token {token}", bias, -1e6, 1e6)
+        for token in self.allowed_token_ids or ():
+            _check_whole("allowed_token_ids", token, 0, None)
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise SamplingError(f"bad_words holds {word!r}; every one must be a text that is not just spaces")
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise SamplingError(f"bad_words holds {len(self.bad_words)} texts; at most {MAX_BAD_WORDS} are accepted")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputs):
+            raise SamplingError(
+                f"structured_outputs is {self.structured_outputs!r}; it must be StructuredOutputs or None"
+            )
         if not isinstance(self.ignore_eos, bool):
             raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
         _check_whole("logprobs", self.logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("n", self.n, 1, MAX_SAMPLES)
+        if self.cache_salt is not None and (not isinstance(self.cache_salt, str) or not self.cache_salt):
+            raise SamplingError(
+                f"cache_salt is {self.cache_salt!r}; it must be a text of at least one character or None"
+            )
+        _check_whole("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -99,8 +133,8 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises :class:`SamplingError` if a token id lies outside of the vocabulary."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            for token in ids:
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token in getattr(self, name) or ():
                 if token >= vocab_size:
                     raise SamplingError(f"{name} names token {token}, outside of the vocabulary 0..{vocab_size - 1}")
 
@@ -125,8 +159,31 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=seed)
 
 
-def sampler_settings(params: SamplingParams, *, sample_index: int, end_ids: Collection[int]) -> _native.SamplerSettings:
-    """The native sampler's form of ``params`` for output ``sample_index``; ``params.seed`` must be set."""
+def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that spell ``words``, at the beginning of a text and, where a token holds the space before
+    it, in the middle. ``encode`` adds no special tokens. A word can also be spelled by other tokens, which nothing
+    hinders."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        plain = tuple(encode(word.lstrip()))
+        spaced = tuple(encode(" " + word.lstrip()))
+        found[plain] = None
+        if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+            found[spaced] = None
+    return tuple(ids for ids in found if ids)
+
+
+def sampler_settings(
+    params: SamplingParams,
+    *,
+    sample_index: int,
+    end_ids: Collection[int],
+    bad_words: Iterable[Sequence[int]] = (),
+) -> _native.SamplerSettings:
+    """The native sampler's form of ``params`` for output ``sample_index``; ``params.seed`` must be set.
+
+    ``bad_words`` are the token sequences of ``params.bad_words``.
+    """
     if params.seed is None:
         raise ValueError("a request's seed must be chosen before its settings are made")
     return _native.SamplerSettings(
@@ -144,8 +201,18 @@ def sampler_settings(params: SamplingParams, *, sample_index: int, end_ids: Coll
         end_ids=sorted(end_ids),
         bias_ids=list(params.logit_bias),
         biases=list(params.logit_bias.values()),
+        allowed=[] if params.allowed_token_ids is None else _bits(params.allowed_token_ids),
+        bad_words=[list(word) for word in bad_words],
         logprobs=-1 if params.logprobs is None else params.logprobs,
     )
+
+
+def _bits(ids: Sequence[int]) -> list[int]:
+    """Words of 32 bits, of which those of ``ids`` are set."""
+    words = [0] * (max(ids) // 32 + 1)
+    for token in ids:
+        words[token // 32] |= 1 << (token % 32)
+    return words
 
 
 def _items(name: str, value: object) -> tuple[Any, ...]:

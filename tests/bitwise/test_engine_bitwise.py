@@ -7,6 +7,7 @@ engines with few pages (preemptions), small token budgets (chunks) and a prefix 
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tokenmill.backends.native import NativeBackend
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.messages import AddRequest, Event, PromptScored, TokenOutput
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.models import bind
 from tokenmill.sampling import SamplingParams
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -39,13 +41,30 @@ def loaded(request, tmp_path_factory):
     weights.close()
 
 
-def make_core(loaded, *, pages: int, tokens: int, sequences: int, threads: int, caching: bool) -> EngineCore:
+def make_core(
+    loaded,
+    *,
+    pages: int,
+    tokens: int,
+    sequences: int,
+    threads: int,
+    caching: bool,
+    step_target: float | None = None,
+    swap: Path | None = None,
+) -> EngineCore:
     program, weights = loaded
     rows = max(sequences, MAX_SCORED_ROWS)
     all_pages = [pages] * len(program.kv_groups)
     backend = NativeBackend(program, weights, StepLimits(tokens, sequences, rows, CONTEXT), all_pages, threads=threads)
-    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT)
-    return EngineCore(backend, vocab_size=VOCABULARY, kv_pages=all_pages, limits=limits, prefix_caching=caching)
+    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target)
+    return EngineCore(
+        backend,
+        vocab_size=VOCABULARY,
+        kv_pages=all_pages,
+        limits=limits,
+        prefix_caching=caching,
+        swap=None if swap is None else SwapSpace(swap, 1 << 30, len(all_pages), backend),
+    )
 
 
 def make_requests(rng: random.Random) -> list[AddRequest]:
@@ -63,6 +82,7 @@ def make_requests(rng: random.Random) -> list[AddRequest]:
             seed=number,
             logprobs=1,
             prompt_logprobs=1 if number % 5 == 0 else None,
+            n=3 if number % 4 == 1 else 1,
         )
         requests.append(AddRequest(number, np.array(prompt, np.int32), params))
     return requests
@@ -89,18 +109,32 @@ def run(core: EngineCore, requests: list[AddRequest], rng: random.Random) -> Out
     return outputs
 
 
-def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded):
+@pytest.mark.parametrize("swaps", [False, True], ids=["recompute", "swap"])
+def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded, tmp_path, swaps):
     requests = make_requests(random.Random(0))
     reference: Outputs = {}
     for message in requests:
         core = make_core(loaded, pages=64, tokens=512, sequences=1, threads=1, caching=False)
         reference.update(run(core, [message], random.Random(0)))
     preemptions = hits = 0
-    for seed, (pages, tokens, sequences, threads) in enumerate(((24, 32, 8, 2), (28, 100, 12, 3), (64, 17, 5, 1))):
-        core = make_core(loaded, pages=pages, tokens=tokens, sequences=sequences, threads=threads, caching=True)
+    engines = ((24, 32, 8, 2, None), (28, 100, 12, 3, None), (64, 17, 5, 1, None), (40, 512, 8, 2, 0.004))
+    for seed, (pages, tokens, sequences, threads, step_target) in enumerate(engines):
+        core = make_core(
+            loaded,
+            pages=pages,
+            tokens=tokens,
+            sequences=sequences,
+            threads=threads,
+            caching=True,
+            step_target=step_target,
+            swap=tmp_path if swaps else None,
+        )
         assert run(core, requests, random.Random(seed)) == reference
         preemptions += core.statistics.preemptions
         hits += sum(len(m.prompt) for m in requests) > core.statistics.tokens - sum(map(len, reference.values()))
+        if swaps:
+            assert core.scheduler.swap.swapped_in == core.scheduler.swap.swapped_out == core.statistics.preemptions
+            assert core.scheduler.swap.used == 0
     assert preemptions >= 3, "the caches were meant to be too small"
     assert hits, "no prompt was found in the prefix cache"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.sampling import SamplingParams
 
@@ -37,6 +39,7 @@ def make_core(
     sequences: int = 8,
     groups: tuple[KvGroupSpec, ...] = (FULL,),
     caching: bool = True,
+    swap: tuple[Path, int] | None = None,
 ) -> tuple[EngineCore, ToyBackend]:
     rows = max(sequences, MAX_SCORED_ROWS)
     backend = ToyBackend(groups, [pages] * len(groups), StepLimits(tokens, sequences, rows, CONTEXT))
@@ -46,6 +49,7 @@ def make_core(
         kv_pages=[pages] * len(groups),
         limits=SchedulerLimits(tokens, sequences, rows, CONTEXT),
         prefix_caching=caching,
+        swap=None if swap is None else SwapSpace(*swap, len(groups), backend),
     )
     return core, backend
 
@@ -124,14 +128,14 @@ def test_every_step_decodes_first_and_keeps_to_the_budget() -> None:
     while core.busy:
         decoding = [s.request.request_id for s in core.scheduler.running if s.decodes]
         waiting = bool(core.scheduler.waiting)
-        chunks = core.scheduler.schedule()
+        chunks = core.scheduler.schedule(0.0)
         ran = {chunk.sequence.request.request_id: chunk.count for chunk in chunks}
         assert all(ran.get(number) == 1 for number in decoding)
         assert sum(ran.values()) <= 32
         if waiting and len(core.scheduler.running) < 6:
             assert sum(ran.values()) == 32, "prompts waited while the budget was not spent"
         # Planning has taken the pages, so the step must run this very plan and not make another.
-        core.scheduler.schedule = lambda chunks=chunks: chunks  # type: ignore[method-assign]
+        core.scheduler.schedule = lambda now, chunks=chunks: chunks  # type: ignore[method-assign]
         core.step()
         del core.scheduler.schedule
     assert backend.steps
@@ -195,7 +199,7 @@ def test_only_newer_sequences_give_their_pages_to_older_ones() -> None:
     for i in range(8):
         core.handle(request(i, [i] * 40, SamplingParams(temperature=0, max_tokens=90, seed=0)))
     while core.busy:
-        oldest = min([*core.scheduler.running, *core.scheduler.waiting], key=lambda s: s.order)
+        oldest = min([*core.scheduler.running, *core.scheduler.waiting], key=lambda s: s.rank)
         before = (oldest.preemptions, oldest.computed)
         core.step()
         assert oldest.preemptions == before[0], "the oldest sequence lost its pages"
@@ -260,7 +264,8 @@ def test_masking_everything_is_an_error_of_the_request() -> None:
     params = SamplingParams(seed=0, max_tokens=4, min_tokens=2, stop_token_ids=tuple(range(101)))
     events = run(core, [request(0, [1, 2], params)])
     assert [e.error for e in events if isinstance(e, Failed)] == [
-        "logit_bias and min_tokens leave no token to pick: every logit is -infinity. Bias or mask fewer tokens"
+        "the request leaves no token to pick: logit_bias, min_tokens, bad_words, allowed_token_ids and "
+        "structured_outputs together exclude all. Exclude fewer"
     ]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from tokenmill.engine.kv_cache import KvCache, SequencePages
+from tokenmill.engine.page_pool import PagePool
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 
 FULL = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
@@ -24,16 +26,35 @@ def _prefix_hashes(tokens: list[int]) -> list[int]:
     return hashes[1:]
 
 
+def start(
+    cache: KvCache,
+    tokens: Sequence[int],
+    *,
+    reusable: int | None = None,
+    reserve: Sequence[int] | None = None,
+    chunk: int = CONTEXT,
+    salt: str | None = None,
+) -> tuple[SequencePages, int] | None:
+    array = np.array(tokens, np.int32)
+    match = cache.match(array, len(array) - 1 if reusable is None else reusable, salt)
+    return cache.open(match, CONTEXT, reserve=reserve or [0] * cache.groups, chunk=chunk)
+
+
 class Model:
     """Sequences as plain token lists, and per group what every page was written with."""
 
     def __init__(self, seed: int, groups: tuple[KvGroupSpec, ...], pages: list[int], *, caching: bool) -> None:
         self.random = random.Random(seed)
         self.groups = groups
-        self.cache = KvCache(groups, pages, prefix_caching=caching)
+        self.cache = KvCache(groups, pages, prefix_caching=caching, copy_page=self.copy)
         self.contents = [dict[int, list[int]]() for _ in groups]
         self.live: list[tuple[SequencePages, list[int], int]] = []
-        self.hits = 0
+        self.stored: list[tuple[list[int], int, dict[tuple[int, int], list[int]]]] = []
+        self.hits = self.copies = self.reopened = self.awaited = 0
+
+    def copy(self, group: int, from_page: int, to_page: int) -> None:
+        self.contents[group][to_page] = list(self.contents[group][from_page])
+        self.copies += 1
 
     def prompt(self) -> list[int]:
         """Prompts that share beginnings: few different blocks, in few different orders."""
@@ -43,9 +64,12 @@ class Model:
 
     def open(self) -> None:
         tokens = self.prompt()
-        opened = self.cache.open(
-            np.array(tokens, np.int32), CONTEXT, reusable=len(tokens) - 1, reserve=[0] * len(self.groups), chunk=CHUNK
-        )
+        match = self.cache.match(np.array(tokens, np.int32), len(tokens) - 1)
+        if match.computing is not None:
+            owner = match.computing.computing
+            assert owner in {pages for pages, _, _ in self.live}, "nobody computes what is waited for"
+            self.awaited += 1
+        opened = self.cache.open(match, CONTEXT, reserve=[0] * len(self.groups), chunk=CHUNK)
         if opened is None:
             return
         pages, computed = opened
@@ -81,10 +105,54 @@ class Model:
         self.cache.commit(pages, np.array(tokens, np.int32), computed + count)
         self.live[place] = (pages, tokens, computed + count)
 
+    def fork(self) -> None:
+        if self.live and len(self.live) < 12:
+            pages, tokens, computed = self.random.choice(self.live)
+            self.live.append((self.cache.fork(pages), list(tokens), computed))
+
+    def store(self) -> None:
+        """Takes a sequence out of the cache and keeps the contents of its pages elsewhere."""
+        if self.live and len(self.stored) < 6:
+            pages, tokens, computed = self.live.pop(self.random.randrange(len(self.live)))
+            kept = {
+                (group, logical): list(self.contents[group][int(pages.table(group)[logical])])
+                for group in range(len(self.groups))
+                for logical in range(pages.first[group], -(-computed // PAGE_TOKENS))
+            }
+            self.stored.append((tokens, computed, kept))
+            self.cache.release(pages)
+
+    def reopen(self) -> None:
+        if not self.stored:
+            return
+        tokens, computed, kept = self.stored[0]
+        array = np.array(tokens, np.int32)
+        opened = self.cache.reopen(array, computed, CONTEXT, reserve=[0] * len(self.groups), chunk=CHUNK)
+        if opened is None:
+            return
+        del self.stored[0]
+        pages, missing = opened
+        for group, logical, page in missing:
+            self.contents[group][page] = kept[group, logical]
+        self.reopened += 1
+        self.live.append((pages, tokens, computed))
+        self.check_contents(pages, tokens, computed)
+
+    def reset(self) -> None:
+        if self.random.random() < 0.02:
+            self.cache.reset()
+            assert all(usage.cached == 0 for usage in self.cache.usage())
+
     def release(self) -> None:
         if self.live:
             pages, _, _ = self.live.pop(self.random.randrange(len(self.live)))
             self.cache.release(pages, discard=self.random.random() < 0.1)
+
+    def run(self, operations: int) -> None:
+        for _ in range(operations):
+            rare = self.random.choice((self.fork, self.store, self.reopen, self.reset))
+            self.random.choice((self.open, *[self.compute] * 5, self.release, rare))()
+            self.check()
 
     def check_contents(self, pages: SequencePages, tokens: list[int], computed: int) -> None:
         """Every slot that the next token sees holds what this very prefix wrote."""
@@ -109,14 +177,20 @@ class Model:
 @pytest.mark.parametrize("groups", [(FULL,), (WINDOW,), (FULL, WINDOW)], ids=["full", "window", "both"])
 def test_ten_thousand_random_operations_keep_every_page_accounted_for(groups: tuple[KvGroupSpec, ...]) -> None:
     model = Model(7, groups, [40] * len(groups), caching=True)
-    for _ in range(10_000):
-        model.random.choice((model.open, model.compute, model.compute, model.compute, model.compute, model.release))()
-        model.check()
-    assert model.hits > 100
+    model.run(10_000)
+    assert min(model.hits, model.copies, model.reopened, model.awaited) > 20
     while model.live:
         model.release()
     model.check()
     assert all(usage.used == 0 for usage in model.cache.usage())
+
+
+def test_without_copy_on_write_forks_corrupt_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    monkeypatch.setattr(PagePool, "is_shared", lambda pool, page: False)
+    model = Model(7, (FULL,), [40], caching=True)
+    with pytest.raises(AssertionError):
+        model.run(1000)
 
 
 def test_without_prefix_caching_nothing_is_cached() -> None:
@@ -130,7 +204,7 @@ def test_without_prefix_caching_nothing_is_cached() -> None:
 
 def _filled(cache: KvCache, tokens: list[int]) -> SequencePages:
     array = np.array(tokens, np.int32)
-    opened = cache.open(array, CONTEXT, reusable=len(tokens) - 1, reserve=[0], chunk=CONTEXT)
+    opened = start(cache, tokens)
     assert opened is not None
     assert cache.extend(opened[0], len(tokens))
     cache.commit(opened[0], array, len(tokens))
@@ -141,7 +215,7 @@ def test_the_last_prompt_token_is_always_computed() -> None:
     cache = KvCache((FULL,), [8])
     tokens = list(range(2 * PAGE_TOKENS))
     cache.release(_filled(cache, tokens))
-    opened = cache.open(np.array(tokens, np.int32), CONTEXT, reusable=len(tokens) - 1, reserve=[0], chunk=CONTEXT)
+    opened = start(cache, tokens)
     assert opened is not None
     assert opened[1] == PAGE_TOKENS
 
@@ -149,17 +223,16 @@ def test_the_last_prompt_token_is_always_computed() -> None:
 def test_equal_page_after_another_prefix_is_no_hit() -> None:
     cache = KvCache((FULL,), [8])
     cache.release(_filled(cache, [1] * PAGE_TOKENS + [2] * PAGE_TOKENS + [3]))
-    other = np.array([9] * PAGE_TOKENS + [2] * PAGE_TOKENS + [3], np.int32)
-    opened = cache.open(other, CONTEXT, reusable=len(other) - 1, reserve=[0], chunk=CONTEXT)
+    opened = start(cache, [9] * PAGE_TOKENS + [2] * PAGE_TOKENS + [3])
     assert opened is not None
     assert opened[1] == 0
 
 
 def test_another_salt_is_no_hit() -> None:
     cache = KvCache((FULL,), [8])
-    tokens = np.array([1] * PAGE_TOKENS + [2], np.int32)
-    cache.release(_filled(cache, tokens.tolist()))
-    opened = cache.open(tokens, CONTEXT, reusable=len(tokens) - 1, reserve=[0], chunk=CONTEXT, salt="adapter")
+    tokens = [1] * PAGE_TOKENS + [2]
+    cache.release(_filled(cache, tokens))
+    opened = start(cache, tokens, salt="another tenant")
     assert opened is not None
     assert opened[1] == 0
 
@@ -169,7 +242,7 @@ def test_the_end_of_a_prompt_is_evicted_before_its_beginning() -> None:
     first = [1] * PAGE_TOKENS + [2] * PAGE_TOKENS + [3] * PAGE_TOKENS + [4]
     cache.release(_filled(cache, first))
     cache.release(_filled(cache, [9] * PAGE_TOKENS + [8]))  # takes the free page and one cached page
-    opened = cache.open(np.array(first, np.int32), CONTEXT, reusable=len(first) - 1, reserve=[0], chunk=CONTEXT)
+    opened = start(cache, first)
     assert opened is not None
     assert opened[1] == 2 * PAGE_TOKENS
 
@@ -185,9 +258,80 @@ def test_a_window_group_returns_what_it_left_behind() -> None:
 
 def test_pages_promised_to_others_are_not_given() -> None:
     cache = KvCache((FULL,), [4])
-    tokens = np.arange(3 * PAGE_TOKENS, dtype=np.int32)
-    assert cache.open(tokens, CONTEXT, reusable=0, reserve=[1], chunk=CONTEXT) is None
-    assert cache.open(tokens, CONTEXT, reusable=0, reserve=[0], chunk=CONTEXT) is not None
+    tokens = list(range(3 * PAGE_TOKENS))
+    assert start(cache, tokens, reserve=[1]) is None
+    assert start(cache, tokens, reserve=[0]) is not None
+
+
+def test_who_begins_alike_is_told_to_wait_until_the_pages_are_there() -> None:
+    cache = KvCache((FULL,), [20])
+    tokens = np.arange(4 * PAGE_TOKENS, dtype=np.int32)
+    first = start(cache, tokens)
+    assert first is not None
+    other = np.concatenate([tokens[: 2 * PAGE_TOKENS], np.full(PAGE_TOKENS, 9, np.int32)])
+    awaited = cache.match(other, len(other) - 1).computing
+    assert awaited is not None
+    for computed in (10, PAGE_TOKENS + 5):
+        assert cache.extend(first[0], computed)
+        cache.commit(first[0], tokens, computed)
+        assert awaited.computing is first[0]
+    assert cache.extend(first[0], 2 * PAGE_TOKENS)
+    cache.commit(first[0], tokens, 2 * PAGE_TOKENS)
+    assert awaited.computing is None
+    match = cache.match(other, len(other) - 1)
+    assert (len(match.path), match.computing) == (2, None)
+
+
+def test_who_gives_up_is_not_waited_for() -> None:
+    cache = KvCache((FULL,), [20])
+    tokens = np.arange(4 * PAGE_TOKENS, dtype=np.int32)
+    first = start(cache, tokens)
+    assert first is not None
+    awaited = cache.match(tokens, len(tokens) - 1).computing
+    assert awaited is not None
+    cache.release(first[0])
+    assert awaited.computing is None
+    cache.check()
+
+
+def test_a_fork_copies_only_the_page_that_is_filling_and_only_once() -> None:
+    copies: list[tuple[int, int, int]] = []
+    cache = KvCache((FULL,), [20], copy_page=lambda *pages: copies.append(pages))
+    parent = _filled(cache, [1] * (PAGE_TOKENS + 5))
+    child = cache.fork(parent)
+    assert cache.usage()[0].used == 2
+    assert cache.extend(child, PAGE_TOKENS + 6)
+    assert cache.extend(parent, PAGE_TOKENS + 6)  # now nobody else holds the page: no second copy
+    assert copies == [(0, int(parent.table(0)[1]), int(child.table(0)[1]))]
+    assert parent.table(0)[0] == child.table(0)[0]
+    cache.check()
+
+
+def test_salts_that_nobody_uses_leave_nothing_behind() -> None:
+    cache = KvCache((FULL,), [4])
+    for number in range(50):
+        opened = start(cache, [1] * (3 * PAGE_TOKENS), salt=f"tenant {number}")
+        assert opened is not None
+        cache.release(opened[0])
+        assert start(cache, [1] * (8 * PAGE_TOKENS), salt=f"large {number}") is None
+    assert cache._tree.roots() == []
+
+
+def test_after_a_reset_nothing_is_found() -> None:
+    cache = KvCache((FULL,), [20])
+    tokens = [1] * (3 * PAGE_TOKENS + 1)
+    cache.release(_filled(cache, tokens))
+    running = _filled(cache, [2] * (3 * PAGE_TOKENS + 1))
+    cache.reset()
+    assert cache.usage()[0].cached == 0
+    for again in (tokens, [2] * (3 * PAGE_TOKENS + 1)):
+        opened = start(cache, again)
+        assert opened is not None
+        assert opened[1] == 0
+        cache.release(opened[0])
+    cache.release(running)
+    cache.check()
+    assert cache.usage()[0].free == 20
 
 
 def test_returning_a_page_twice_is_an_error() -> None:

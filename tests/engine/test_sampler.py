@@ -288,6 +288,79 @@ def test_bias_is_added_before_the_penalties() -> None:
     assert sample(logits, [0], 1, temperature=0.0, bias_ids=[0], biases=[2.0], repetition_penalty=2.0) == (1, OK)
 
 
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 64, 1000])
+def test_a_mask_leaves_the_draw_of_a_row_without_the_others(vocabulary: int, isa: str) -> None:
+    rng = np.random.default_rng(vocabulary)
+    words = -(-vocabulary // 32)
+    sampler = _native.Sampler(vocabulary)
+    for seed in range(20):
+        row = rng.normal(size=(1, vocabulary)).astype(np.float32)
+        kept_ids = np.flatnonzero(rng.random(vocabulary) < rng.choice((0.02, 0.5, 0.98)))
+        if not len(kept_ids):
+            continue
+        bits = np.zeros(32 * words, np.uint8)
+        bits[kept_ids] = 1
+        mask = np.packbits(bits, bitorder="little").view(np.int32)
+        without = np.full_like(row, -np.inf)
+        without[0, kept_ids] = row[0, kept_ids]
+        history, prompt = [np.array([0], np.int32)], np.array([1], np.int32)
+        settings = {"temperature": 0.9, "seed": seed, "logprobs": 0}
+        rows = np.zeros(1, np.int32)
+        expected = sampler.sample(without, rows, [_native.SamplerSettings(**settings)], history, prompt)
+        masked = sampler.sample(row, rows, [_native.SamplerSettings(**settings)], history, prompt, [mask])
+        listed = [int(word) for word in mask.view(np.uint32)]
+        allowed = sampler.sample(
+            row, rows, [_native.SamplerSettings(**settings, allowed=listed)], history, prompt, [None]
+        )
+        assert expected[0][0] == masked[0][0] == allowed[0][0]
+        plain = sampler.score(row, rows, masked[0])
+        assert masked[2][0] == plain[2][0], "log-probabilities are those of the whole row"
+
+
+def test_tokens_beyond_the_allowed_words_are_excluded() -> None:
+    row = np.zeros((1, 200), np.float32)
+    row[0, 150] = 9.0
+    settings = _native.SamplerSettings(temperature=0.0, allowed=[0b1000])
+    results = _native.Sampler(200).sample(
+        row, np.zeros(1, np.int32), [settings], [np.array([1], np.int32)], np.ones(1, np.int32)
+    )
+    assert results[0][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("output", "excluded"), [([], {9}), ([5], {9, 6}), ([4, 5], {9, 6, 7}), ([5, 4], {9}), ([5, 4, 5], {9, 6, 7})]
+)
+def test_a_bad_word_is_not_completed(output: list[int], excluded: set[int]) -> None:
+    """The prompt ends as the words begin, which does not count."""
+    settings = _native.SamplerSettings(temperature=0.0, bad_words=[[9], [5, 6], [4, 5, 7]])
+    row = np.zeros((1, 12), np.float32)
+    possible = set()
+    for best in range(12):
+        row[:] = 0.0
+        row[0, best] = 1.0
+        tokens = np.array([4, 5, *output], np.int32)
+        results = _native.Sampler(12).sample(row, np.zeros(1, np.int32), [settings], [tokens], np.array([2], np.int32))
+        if results[0][0] == best:
+            possible.add(best)
+    assert possible == set(range(12)) - excluded
+
+
+def test_masks_of_another_size_are_refused() -> None:
+    arguments = (
+        np.zeros((1, 40), np.float32),
+        np.zeros(1, np.int32),
+        [_native.SamplerSettings()],
+        [np.zeros(1, np.int32)],
+        np.ones(1, np.int32),
+    )
+    with pytest.raises(ValueError, match="a mask has 1 words, the vocabulary takes 2"):
+        _native.Sampler(40).sample(*arguments, [np.zeros(1, np.int32)])
+    with pytest.raises(ValueError, match="as long as rows"):
+        _native.Sampler(40).sample(*arguments, [None, None])
+    with pytest.raises(ValueError, match="bad_words"):
+        _native.SamplerSettings(bad_words=[[]])
+
+
 def test_end_tokens_are_masked_until_min_tokens_are_there() -> None:
     logits = np.array([5.0, 1.0, 0.0])
     assert sample(logits, [2, 2, 1], 2, temperature=0.0, min_tokens=2, end_ids=[0]) == (1, OK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tokenmill.sampling import SamplingError, SamplingParams
+from tokenmill.sampling import SamplingError, SamplingParams, bad_word_ids
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,13 @@ from tokenmill.sampling import SamplingError, SamplingParams
         ("logprobs", 129),
         ("prompt_logprobs", 1.0),
         ("n", 0),
+        ("priority", 1001),
+        ("cache_salt", ""),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("bad_words", [" "]),
+        ("bad_words", ["a"] * 1025),
+        ("structured_outputs", {"regex": "a"}),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(name: str, value: object) -> None:
@@ -57,6 +64,13 @@ def test_token_ids_outside_of_the_vocabulary_are_refused() -> None:
         SamplingParams(stop_token_ids=[10]).check_vocabulary(10)
     with pytest.raises(SamplingError, match="logit_bias names token 12"):
         SamplingParams(logit_bias={12: 1.0}).check_vocabulary(10)
+    with pytest.raises(SamplingError, match="allowed_token_ids names token 11"):
+        SamplingParams(allowed_token_ids=[1, 11]).check_vocabulary(10)
+
+
+def test_bad_words_are_spelled_at_a_beginning_and_after_a_space() -> None:
+    spelled = {"cat": [1], " cat": [2], "ab": [3, 4], " ab": [5, 3, 4], "x": [6], " x": [6]}
+    assert bad_word_ids(["cat", "ab", "  cat", "x"], spelled.__getitem__) == ((1,), (2,), (3, 4), (6,))
 
 
 def test_defaults_of_a_model_are_taken_and_overridden() -> None:

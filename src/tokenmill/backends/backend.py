@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +73,15 @@ class Backend(Protocol):
         Arrays are ``[rows, width]`` and valid until the next call. Values that a later range reads stay alive between
         calls for the same plan. Raises KeyError for an unknown value and ValueError if the plan exceeds the limits.
         """
+
+    def copy_page(self, group: int, from_page: int, to_page: int) -> None:
+        """Copies a KV page, all layers and planes. Raises ValueError for a page that does not exist."""
+
+    def read_page(self, group: int, page: int) -> tuple[UInt8, ...]:
+        """The bytes of a KV page, one flat array for each plane; valid until the next call."""
+
+    def write_page(self, group: int, page: int, planes: Sequence[UInt8]) -> None:
+        """Puts back what :meth:`read_page` gave, into any page of the same group."""
 
     def close(self) -> None:
         """Frees buffers and threads."""

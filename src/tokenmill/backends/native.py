@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill import _native
-from tokenmill.backends.backend import Float32, ModelWeights, StepLimits
+from tokenmill.backends.backend import Float32, ModelWeights, StepLimits, UInt8
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.fuse import fuse
 from tokenmill.program.ops import (
@@ -155,6 +155,15 @@ class NativeBackend:
     def copy_page(self, group: int, from_page: int, to_page: int) -> None:
         """Copies a page, all layers and planes. Raises ValueError for a page that does not exist."""
         self._open().copy_page(group, from_page, to_page)
+
+    def read_page(self, group: int, page: int) -> tuple[UInt8, ...]:
+        """The bytes of a page in place, keys and values. Raises IndexError for a page that does not exist."""
+        return tuple(self.kv_plane(group, plane)[page].reshape(-1).view(np.uint8) for plane in (0, 1))
+
+    def write_page(self, group: int, page: int, planes: Sequence[UInt8]) -> None:
+        """Overwrites a page with what :meth:`read_page` gave for one of the same group."""
+        for own, given in zip(self.read_page(group, page), planes, strict=True):
+            own[:] = given
 
     # ---- lowering ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokenmill.backends.backend import Float32, ModelWeights, StepLimits
+from tokenmill.backends.backend import Float32, ModelWeights, StepLimits, UInt8
 from tokenmill.errors import TokenmillError
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
 from tokenmill.program.ops import (
@@ -116,6 +116,21 @@ class TorchBackend:
     def kv_bytes(self) -> int:
         """Bytes of the KV pages."""
         return sum(plane.nbytes for plane in (*self._keys, *self._values))
+
+    def copy_page(self, group: int, from_page: int, to_page: int) -> None:
+        """Copies a page, all layers, keys and values. Raises IndexError for a page that does not exist."""
+        for plane in (self._keys[group], self._values[group]):
+            plane[to_page] = plane[from_page]
+
+    def read_page(self, group: int, page: int) -> tuple[UInt8, ...]:
+        """The bytes of a page, keys and values. Raises IndexError for a page that does not exist."""
+        planes = (self._keys[group][page], self._values[group][page])
+        return tuple(plane.reshape(-1).view(torch.uint8).cpu().numpy() for plane in planes)
+
+    def write_page(self, group: int, page: int, planes: Sequence[UInt8]) -> None:
+        """Overwrites a page with what :meth:`read_page` gave for one of the same group."""
+        for own, given in zip((self._keys[group][page], self._values[group][page]), planes, strict=True):
+            own.reshape(-1).view(torch.uint8).copy_(torch.from_numpy(np.ascontiguousarray(given)))
 
     def close(self) -> None:
         """Frees weights, values and pages."""

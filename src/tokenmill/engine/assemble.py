@@ -10,12 +10,15 @@ from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.engine import Engine
+from tokenmill.engine.grammar import Grammars
 from tokenmill.engine.kv_cache import KvCache
-from tokenmill.engine.ledger import MemoryLedger, memory_budget, plan_memory
+from tokenmill.engine.ledger import MemoryLedger, memory_budget, parse_size, plan_memory
 from tokenmill.engine.scheduler import SchedulerLimits
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.errors import UsageError
 from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
@@ -124,17 +127,19 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
         clock.lap("read the model file")
         text = _text(config, checkpoint)
         clock.lap("load the tokenizer")
+        grammars = Grammars(tokenizer, bound.program.vocab_size)
+        open_parts.append(grammars.close)
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
         open_parts.append(weights.close)
         clock.lap("load the weights")
-        backend, core, actual = _allocate(config, program, weights, ledger)
+        backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         if actual.total > ledger.budget.limit:
             # Kernels need more beside the buffers than was planned for: the KV cache makes room.
             backend.close()
             ledger = _plan(config, checkpoint, bound, program, uncounted=actual.total - ledger.total)
-            backend, core, actual = _allocate(config, program, weights, ledger)
+            backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         open_parts.append(backend.close)
         ledger = actual.checked()
     except BaseException:
@@ -218,7 +223,7 @@ def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundMode
 
 
 def _allocate(
-    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger
+    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger, grammars: Grammars
 ) -> tuple[Backend, EngineCore, MemoryLedger]:
     """Backend and core with the pages of ``ledger``, and the ledger with the bytes that they took."""
     limits = StepLimits(
@@ -228,16 +233,31 @@ def _allocate(
         context=ledger.max_model_len,
     )
     backend = _make_backend(config, program, weights, limits, ledger)
+    swap = None
+    if config.swap_space is not None:
+        folder = config.swap_dir or Path(config.cache_dir or cache_folder()) / "swap"
+        swap = SwapSpace(Path(folder), parse_size(config.swap_space, "swap_space"), len(program.kv_groups), backend)
     core = EngineCore(
         backend,
         vocab_size=program.vocab_size,
         kv_pages=ledger.kv_pages,
-        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
+        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context, config.step_target),
         prefix_caching=config.enable_prefix_caching,
         sampler_threads=config.threads,
+        policy=config.policy,
+        max_waiting=config.max_waiting,
+        swap=swap,
+        grammars=grammars,
     )
     scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
-    return backend, core, replace(ledger, weights=weights.nbytes, kv=backend.kv_bytes(), scratch=scratch)
+    actual = replace(
+        ledger,
+        weights=weights.nbytes,
+        kv=backend.kv_bytes(),
+        scratch=scratch,
+        swap=0 if swap is None else swap.limit,
+    )
+    return backend, core, actual
 
 
 def _make_backend(

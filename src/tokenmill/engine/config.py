@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from tokenmill.engine.ledger import parse_size
+from tokenmill.engine.policies import FirstComeFirstServed, PriorityWithAgeing, SchedulingPolicy
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS
 from tokenmill.errors import UsageError
 from tokenmill.program.kv import KvElement
 
+SERVING_STEP_TARGET = 0.05
+"""Seconds: twenty tokens a second for everyone while prompts are computed."""
+_POLICIES: dict[str, SchedulingPolicy] = {"fcfs": FirstComeFirstServed(), "priority": PriorityWithAgeing()}
 KV_ELEMENTS = {"f16": KvElement.F16, "bf16": KvElement.BF16, "f32": KvElement.F32}
 
 
@@ -34,15 +38,33 @@ class EngineConfig:
     cache_dir: str | Path | None = None
     """Folder of the build cache."""
     enable_prefix_caching: bool = True
+    swap_space: int | str | None = None
+    """Bytes, or a size such as "8GB", of files for the KV pages of requests that make room for others. None: they are
+    computed again."""
+    swap_dir: str | Path | None = None
+    """Folder of the swap files, on a disk (not in memory, as /tmp may be); None: in the cache folder."""
+    step_target: float | None = None
+    """Seconds that a step should take: long prompts are cut so that their neighbours get a token that often, at the
+    price of some throughput. None cuts them by ``max_batch_tokens`` only. Servers use ``SERVING_STEP_TARGET``."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who starts first and keeps pages: the earlier arrival, or the smaller ``priority`` (with ageing)."""
+    max_waiting: int | None = None
+    """Most requests that wait for a start; more are refused (EngineOverloadedError). None: no bound."""
 
     def __post_init__(self) -> None:
-        for name, path, optional in (("model", self.model, False), ("cache_dir", self.cache_dir, True)):
+        for name, path, optional in (
+            ("model", self.model, False),
+            ("cache_dir", self.cache_dir, True),
+            ("swap_dir", self.swap_dir, True),
+        ):
             if not (optional and path is None) and (not isinstance(path, str | Path) or not str(path)):
                 raise UsageError(f"{name} is {path!r}; it must be a name or path")
         if self.backend not in ("native", "torch"):
             raise UsageError(f'backend is {self.backend!r}; it must be "native" or "torch"')
         if self.memory is not None:
             parse_size(self.memory)
+        if self.swap_space is not None:
+            parse_size(self.swap_space, "swap_space")
         _check("max_model_len", self.max_model_len, 2, 2**30, optional=True)
         _check("max_num_seqs", self.max_num_seqs, 1, 4096)
         _check("max_batch_tokens", self.max_batch_tokens, self.max_num_seqs, 2**20)
@@ -51,10 +73,22 @@ class EngineConfig:
         _check("threads", self.threads, 0, 1024)
         if not isinstance(self.enable_prefix_caching, bool):
             raise UsageError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; it must be True or False")
+        target = self.step_target
+        if target is not None and (isinstance(target, bool | str) or not 0.001 <= target <= 60):
+            raise UsageError(f"step_target is {target!r}; it must be None or seconds, 0.001 to 60")
+        if self.scheduling_policy not in _POLICIES:
+            raise UsageError(
+                f"scheduling_policy is {self.scheduling_policy!r}; it must be one of {', '.join(_POLICIES)}"
+            )
+        _check("max_waiting", self.max_waiting, 0, 2**31, optional=True)
 
     @property
     def kv_element(self) -> KvElement:
         return KV_ELEMENTS[self.kv_cache_dtype]
+
+    @property
+    def policy(self) -> SchedulingPolicy:
+        return _POLICIES[self.scheduling_policy]
 
     @property
     def logit_rows(self) -> int:

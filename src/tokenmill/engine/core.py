@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -11,12 +13,16 @@ import numpy as np
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32
+from tokenmill.engine.admission import WaitingBound, problem_of
+from tokenmill.engine.beam_search import BeamGroup, Hypothesis
+from tokenmill.engine.grammar import Grammar, GrammarError, Grammars, compiled, wait_for_any
 from tokenmill.engine.kv_cache import KvCache, PoolUsage
 from tokenmill.engine.messages import (
     AbortRequest,
     AddRequest,
     Event,
     Failed,
+    FailureKind,
     Finished,
     FinishReason,
     Message,
@@ -24,8 +30,12 @@ from tokenmill.engine.messages import (
     TokenLogprobs,
     TokenOutput,
 )
+from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.statistics import EngineSnapshot, StepRecord, StepStatistics
+from tokenmill.engine.step_budget import step_work
+from tokenmill.engine.swap import SwapSpace
 from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
 
 
@@ -39,22 +49,20 @@ class Diagnoses(Protocol):
 
 
 @dataclass(slots=True)
-class StepStatistics:
-    """Counters since the start."""
-
-    steps: int = 0
-    tokens: int = 0
-    """Rows that ran."""
-    sampled: int = 0
-    preemptions: int = 0
-
-
-@dataclass(slots=True)
 class _Request:
     message: AddRequest
-    order: int
+    number: int
+    """How many came before it."""
+    arrived: float
     sequences: list[Sequence] = field(default_factory=list)
-    """Outputs that wait or run. Output 0 computes the prompt; the others start when it has, and find its pages."""
+    """Outputs that wait or run. Output 0 computes the prompt; the others are forked off right after it."""
+    beams: BeamGroup | None = None
+    hypotheses: dict[Sequence, Hypothesis] = field(default_factory=dict)
+    """What the beams have generated."""
+    forked: int = 0
+    """Beams that were forked off others so far."""
+    nexts: dict[Sequence, TokenLogprobs] = field(default_factory=dict)
+    """The likeliest next tokens of the beams that know them."""
 
     @property
     def started_all(self) -> bool:
@@ -66,7 +74,9 @@ class _Request:
 class EngineCore:
     """Runs requests over a backend. Driven only by :meth:`handle` and :meth:`step`; not thread-safe.
 
-    ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence.
+    ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence. ``max_waiting``
+    bounds the requests that wait for a start besides those that could start at once; more are refused. Preempted
+    sequences go to ``swap``, or are computed again. ``clock`` gives seconds.
     """
 
     def __init__(
@@ -78,22 +88,32 @@ class EngineCore:
         limits: SchedulerLimits,
         prefix_caching: bool = True,
         sampler_threads: int = 1,
+        policy: SchedulingPolicy | None = None,
+        max_waiting: int | None = None,
+        swap: SwapSpace | None = None,
+        grammars: Grammars | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backend = backend
         self._vocab_size = vocab_size
         self._limits = limits
-        self.cache = KvCache(backend.kv_groups, kv_pages, prefix_caching=prefix_caching)
+        self.cache = KvCache(backend.kv_groups, kv_pages, prefix_caching=prefix_caching, copy_page=backend.copy_page)
         needed = self.cache.pages_needed(limits.context, limits.tokens)
         for group, (has, needs) in enumerate(zip(kv_pages, needed, strict=True)):
             if has < needs:
                 raise ValueError(
                     f"KV group {group} has {has} pages; a sequence of {limits.context} tokens needs {needs}"
                 )
-        self.scheduler = Scheduler(self.cache, limits)
+        self.scheduler = Scheduler(self.cache, limits, swap)
         self.statistics = StepStatistics()
         self._sampler = _native.Sampler(vocab_size, sampler_threads)
+        self._grammars = grammars
+        self._compiling: set[Sequence] = set()
         self._requests: dict[int, _Request] = {}
         self._arrivals = 0
+        self._policy: SchedulingPolicy = policy or FirstComeFirstServed()
+        self._bound = WaitingBound(max_waiting)
+        self._clock = clock
 
     @property
     def busy(self) -> bool:
@@ -110,60 +130,109 @@ class EngineCore:
 
     def handle(self, message: Message) -> list[Event]:
         """Takes a request in, or stops one. What is wrong with a request is an event, not an exception."""
-        if isinstance(message, AddRequest):
-            return self._add(message)
-        return self._abort(message)
+        return self._counted(self._add(message) if isinstance(message, AddRequest) else self._abort(message))
 
     def step(self) -> list[Event]:
         """Runs one step. No events and no work if nothing waits."""
-        chunks = self.scheduler.schedule()
+        return self._counted(self._step())
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes: no request that starts later finds what was computed so far."""
+        self.cache.reset()
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine does and has done."""
+        scheduler = self.scheduler
+        swap = scheduler.swap
+        return EngineSnapshot(
+            time=self._clock(),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            swapped=sum(sequence.swapped is not None for sequence in scheduler.waiting),
+            kv=tuple(self.cache.usage()),
+            prefix_queries=scheduler.prefix_queries,
+            prefix_hits=scheduler.prefix_hits,
+            swap_used=0 if swap is None else swap.used,
+            swap_limit=0 if swap is None else swap.limit,
+            swapped_out=0 if swap is None else swap.swapped_out,
+            swapped_in=0 if swap is None else swap.swapped_in,
+            steps=self.statistics.copy(),
+        )
+
+    def _counted(self, events: list[Event]) -> list[Event]:
+        for event in events:
+            if isinstance(event, Finished):
+                self.statistics.finished[event.reason] += 1
+            elif isinstance(event, Failed):
+                self.statistics.failed[event.kind] += 1
+        return events
+
+    def _step(self) -> list[Event]:
+        events: list[Event] = []
+        self._take_grammars(events)
+        begin = self._clock()
+        chunks = self.scheduler.schedule(begin)
         if not chunks:
-            return []
+            if self._compiling:  # nothing else to do: the next messages may be worth more than an idle loop
+                wait_for_any([s.compiling for s in self._compiling if s.compiling is not None], _GRAMMAR_WAIT)
+            return events
         plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
+        work = step_work(chunks)
+        masks = self._start_masks(chunks)
+        planned = self._clock()
         logits = self._backend.run(plan)["logits"]
+        ran = self._clock()
         for chunk in chunks:
             self.scheduler.advance(chunk)
-        self.statistics.steps += 1
-        self.statistics.tokens += plan.tokens
-        self.statistics.preemptions = self.scheduler.preemptions
-        events: list[Event] = []
         self._score(chunks, plan, logits, events)
+        self._end_masks(masks, events)
         self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
+        end = self._clock()
+        self.scheduler.observe(work, end - begin)
+        self.statistics.preemptions = self.scheduler.preemptions
+        self.statistics.add(
+            StepRecord(begin, planned - begin, ran - planned, end - ran, work.decoded, work.prompt_tokens, len(chunks))
+        )
         return events
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
     def _add(self, message: AddRequest) -> list[Event]:
-        problem = self._problem(message)
+        if message.request_id in self._requests:
+            return [Failed(message.request_id, f"request {message.request_id} exists already")]
+        problem = problem_of(message, context=self._limits.context, vocab_size=self._vocab_size)
         if problem is not None:
             return [Failed(message.request_id, problem)]
-        request = _Request(message, self._arrivals)
+        waiting = sum(sequence.started is None for sequence in self.scheduler.waiting)
+        seats = max(self._limits.sequences - len(self.scheduler.running), 0)
+        refusal = self._bound.refusal(message.request_id, waiting, seats)
+        if refusal is not None:
+            return [refusal]
+        request = _Request(message, self._arrivals, self._clock())
         self._arrivals += 1
         first = self._new_sequence(request, 0)
+        if message.beam is not None:
+            params, room = message.params, self._limits.context - first.length
+            longest = room if params.max_tokens is None else min(params.max_tokens, room)
+            request.beams = BeamGroup(message.beam, longest, first.end_ids)
+            request.hypotheses[first] = Hypothesis()
         if first.remaining == 0:  # a single token to score: it has no log-probability
-            return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings())]
+            return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings(self._clock()))]
+        if message.params.structured_outputs is not None and not message.score_only:
+            if self._grammars is None:
+                return [Failed(message.request_id, "structured_outputs needs a tokenizer, which this engine lacks")]
+            first.compiling = self._grammars.compile(message.params.structured_outputs)
+            self._compiling.add(first)
         self._requests[message.request_id] = request
+        self.statistics.requests += 1
         self._start(request, first)
         return []
-
-    def _problem(self, message: AddRequest) -> str | None:
-        length, context = len(message.prompt), self._limits.context
-        if message.request_id in self._requests:
-            return f"request {message.request_id} exists already"
-        if length == 0:
-            return "the prompt is empty: it needs at least one token"
-        if length + (not message.score_only) > context:
-            room = "" if message.score_only else " with room for one more"
-            advice = "shorten it or raise max_model_len"
-            return f"the prompt has {length} tokens, more than the context of {context}{room}; {advice}"
-        if int(message.prompt.min()) < 0 or int(message.prompt.max()) >= self._vocab_size:
-            return f"the prompt holds token ids outside of the vocabulary 0..{self._vocab_size - 1}"
-        return None
 
     def _new_sequence(self, request: _Request, index: int) -> Sequence:
         params = request.message.params
         end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else request.message.eos_ids)
-        return Sequence(request.message, index, request.order, end_ids)
+        rank = self._policy.rank(params.priority, request.arrived, request.number, index)
+        return Sequence(request.message, index, rank, end_ids)
 
     def _start(self, request: _Request, sequence: Sequence) -> None:
         request.sequences.append(sequence)
@@ -173,14 +242,16 @@ class EngineCore:
         request = self._requests.get(message.request_id)
         if request is None:
             return []
+        if request.beams is not None:
+            return [] if message.index is not None else self._end_beams(request, [], FinishReason.ABORT)
         stopped = [s for s in request.sequences if message.index is None or s.index == message.index]
         events: list[Event] = []
         if message.index is None and not request.started_all:
-            timings = request.sequences[0].timings()
+            timings = request.sequences[0].timings(self._clock())
             others = range(1, request.message.params.n)
             events += [Finished(message.request_id, index, FinishReason.ABORT, timings) for index in others]
         for sequence in stopped:
-            self.scheduler.remove(sequence)
+            self._remove(sequence)
             events.append(self._finished(request, sequence, FinishReason.ABORT))
         return events
 
@@ -227,14 +298,20 @@ class EngineCore:
     def _sample(
         self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
     ) -> None:
-        """One token for every sequence whose last known token has run."""
+        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt."""
         rows: dict[Sequence, int] = {}
         row = 0
         for chunk in chunks:
             row += chunk.scored + chunk.samples
             if chunk.samples:
                 rows[chunk.sequence] = row - 1
-        sequences = [chunk.sequence for chunk in alive if chunk.samples]
+        sequences: list[Sequence] = []
+        for chunk in alive:
+            if chunk.samples:
+                sequences.append(chunk.sequence)
+                for fork in self._forks(chunk.sequence):
+                    rows[fork] = rows[chunk.sequence]
+                    sequences.append(fork)
         if not sequences:
             return
         results = self._sampler.sample(
@@ -243,9 +320,10 @@ class EngineCore:
             [s.settings for s in sequences],
             [s.tokens for s in sequences],
             np.array([s.prompt_length for s in sequences], dtype=np.int32),
+            [s.grammar.mask if s.grammar is not None else None for s in sequences] if self._grammars else [],
         )
         self.statistics.sampled += len(sequences)
-        now = time.monotonic()
+        now = self._clock()
         for i, sequence in enumerate(sequences):
             request = self._requests.get(sequence.request.request_id)
             if request is None:
@@ -253,24 +331,141 @@ class EngineCore:
             if results[1][i]:
                 self._fail(request, plan, rows[sequence], int(results[1][i]), events)
                 continue
+            if request.beams is not None:
+                sequence.first_token = now if sequence.first_token is None else sequence.first_token
+                sequence.parked = True
+                request.nexts[sequence] = _token_logprobs(results, i, sequence.request.params.logprobs or 0)
+                if len(request.nexts) == len(request.sequences):
+                    self._expand_beams(request, events)
+                continue
             wanted = sequence.request.params.logprobs
             logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
             token = int(results[0][i])
-            starts_others = sequence.index == 0 and sequence.output_length == 0
-            sequence.first_token = sequence.first_token or now
+            sequence.first_token = now if sequence.first_token is None else sequence.first_token
             sequence.append(token)
             events.append(
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
             )
-            if starts_others:
-                for index in range(1, sequence.request.params.n):
-                    self._start(request, self._new_sequence(request, index))
             self._end_if_done(request, sequence, token, events)
+
+    def _take_grammars(self, events: list[Event]) -> None:
+        """Lets sequences sample whose grammar has been compiled."""
+        for sequence in [s for s in self._compiling if s.compiling is not None and s.compiling.done()]:
+            assert sequence.compiling is not None
+            self._compiling.discard(sequence)
+            try:
+                sequence.grammar = compiled(sequence.compiling)
+                sequence.compiling = None
+            except GrammarError as error:
+                self._drop(sequence, f"structured_outputs cannot be used: {error}", events)
+
+    def _start_masks(self, chunks: list[Chunk]) -> _Masks | None:
+        """Computes, while the step runs, which tokens the grammars allow after it."""
+        grammars = {
+            chunk.sequence.grammar: chunk.sequence
+            for chunk in chunks
+            if chunk.samples and chunk.sequence.grammar is not None
+        }
+        if not grammars or self._grammars is None:
+            return None
+        return grammars, self._grammars.start_masks(grammars)
+
+    def _end_masks(self, masks: _Masks | None, events: list[Event]) -> None:
+        if masks is None:
+            return
+        sequences, errors = masks
+        for grammar, error in errors.result().items():
+            self._drop(sequences[grammar], f"structured_outputs went beyond its limits: {error}", events)
+
+    def _drop(self, sequence: Sequence, error: str, events: list[Event]) -> None:
+        """Fails the request of a sequence for a reason of its own; what it computed is good."""
+        request = self._requests.pop(sequence.request.request_id, None)
+        if request is not None:
+            for other in request.sequences:
+                self._remove(other)
+            events.append(Failed(sequence.request.request_id, error))
+
+    def _remove(self, sequence: Sequence, *, discard: bool = False) -> None:
+        self._compiling.discard(sequence)
+        if sequence.compiling is not None:
+            sequence.compiling.cancel()
+        self.scheduler.remove(sequence, discard=discard)
+
+    def _forks(self, first: Sequence) -> list[Sequence]:
+        """The other outputs of a request whose output 0 has just computed the prompt: they share its pages and its
+        row of logits, and differ in what they draw."""
+        if first.index > 0 or first.output_length > 0 or first.request.beam is not None:
+            return []
+        request = self._requests[first.request.request_id]
+        forks = [self._new_sequence(request, index) for index in range(1, first.request.params.n)]
+        for fork in forks:
+            fork.started, fork.cached_tokens = first.started, first.cached_tokens
+            fork.grammar = None if first.grammar is None else first.grammar.fork()
+            request.sequences.append(fork)
+            self.scheduler.fork(first, fork)
+        return forks
+
+    def _expand_beams(self, request: _Request, events: list[Event]) -> None:
+        """All beams of a request know their next tokens: the best continuations become its beams."""
+        assert request.beams is not None
+        beams = request.sequences
+        children = request.beams.expand([(beam, request.hypotheses[beam], request.nexts[beam]) for beam in beams])
+        if not children:
+            events += self._end_beams(request, request.beams.best(), FinishReason.LENGTH)
+            return
+        hypotheses: dict[Sequence, Hypothesis] = {}
+        for child in children:  # forks come before any parent changes
+            beam = child.parent
+            if beam in hypotheses:
+                request.forked += 1
+                beam = child.parent.twin(request.forked)
+                self.scheduler.fork(child.parent, beam)
+            hypotheses[beam] = child.hypothesis
+        for beam in [beam for beam in beams if beam not in hypotheses]:
+            self._remove(beam)
+        for beam, hypothesis in hypotheses.items():
+            beam.parked = False
+            beam.append(hypothesis.tokens[-1])
+        request.sequences, request.hypotheses = list(hypotheses), hypotheses
+        request.nexts.clear()
+
+    def _end_beams(self, request: _Request, found: list[Hypothesis], reason: FinishReason) -> list[Event]:
+        """Ends a beam search with what it ``found``, best first; outputs that it did not find end with ``reason``."""
+        events: list[Event] = []
+        message, now = request.message, self._clock()
+        timings = request.sequences[0].timings(now)
+        for index in range(message.params.n):
+            ended, stop_token = False, None
+            if index < len(found):
+                hypothesis = found[index]
+                ended = hypothesis.ended
+                stop_token = hypothesis.tokens[-1] if ended else None
+                places = enumerate(zip(hypothesis.tokens, hypothesis.logprobs, strict=True), start=1)
+                for place, (token, logprobs) in places:
+                    stops = ended and place == len(hypothesis.tokens)
+                    events.append(TokenOutput(message.request_id, index, token, logprobs, stops))
+            events.append(
+                Finished(message.request_id, index, FinishReason.STOP if ended else reason, timings, stop_token)
+            )
+        for beam in request.sequences:
+            self._remove(beam)
+        del self._requests[message.request_id]
+        self._bound.ended(now)
+        return events
 
     def _end_if_done(self, request: _Request, sequence: Sequence, token: int, events: list[Event]) -> None:
         params = sequence.request.params
+        complete = False
+        if sequence.grammar is not None:
+            try:
+                complete = sequence.grammar.advance(token)
+            except GrammarError as error:
+                self._drop(sequence, f"structured_outputs went beyond its limits: {error}", events)
+                return
         if token in sequence.end_ids:
             reason, stop_token = FinishReason.STOP, token
+        elif complete:
+            reason, stop_token = FinishReason.STOP, None
         elif sequence.output_length == params.max_tokens or sequence.length >= self._limits.context:
             reason, stop_token = FinishReason.LENGTH, None
         else:
@@ -282,29 +477,36 @@ class EngineCore:
         self, request: _Request, sequence: Sequence, reason: FinishReason, stop_token: int | None = None
     ) -> Finished:
         request.sequences.remove(sequence)
-        if not request.sequences:
-            self._requests.pop(sequence.request.request_id, None)
-        return Finished(sequence.request.request_id, sequence.index, reason, sequence.timings(), stop_token)
+        if not request.sequences and self._requests.pop(sequence.request.request_id, None) is not None:
+            self._bound.ended(self._clock())
+        return Finished(
+            sequence.request.request_id, sequence.index, reason, sequence.timings(self._clock()), stop_token
+        )
 
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
         if status == _NOTHING_ALLOWED:
-            error = "logit_bias and min_tokens leave no token to pick: every logit is -infinity. "
-            error += "Bias or mask fewer tokens"
+            error = "the request leaves no token to pick: logit_bias, min_tokens, bad_words, allowed_token_ids and "
+            error += "structured_outputs together exclude all. Exclude fewer"
+            kind = FailureKind.REQUEST
         else:
             error = "the model's logits hold NaN or infinity"
+            kind = FailureKind.MODEL
             if isinstance(self._backend, Diagnoses):
                 op = self._backend.diagnose(plan, row)
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
             error += ". The weights may be damaged: verify the model file"
         for sequence in request.sequences:
-            self.scheduler.remove(sequence, discard=True)
+            self._remove(sequence, discard=True)
         del self._requests[request.message.request_id]
-        events.append(Failed(request.message.request_id, error))
+        events.append(Failed(request.message.request_id, error, kind))
 
 
 _NOTHING_ALLOWED = 2
+_GRAMMAR_WAIT = 0.01
+"""Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""
 
+_Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
 _Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
 
 

@@ -10,10 +10,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import TypeVar
 
-from tokenmill.engine.core import EngineCore, StepStatistics
+from tokenmill.engine.core import EngineCore
 from tokenmill.engine.kv_cache import PoolUsage
 from tokenmill.engine.messages import AbortRequest, AddRequest, EngineDeadError, Event, Failed, Finished, Message
+from tokenmill.engine.statistics import EngineSnapshot, StepStatistics
+
+Result = TypeVar("Result")
 
 
 class _Stop:
@@ -71,14 +75,15 @@ class Engine:
 
     def usage(self) -> list[PoolUsage]:
         """Pages of each KV group between two steps. Raises EngineDeadError."""
-        result: list[PoolUsage] = []
-        done = threading.Event()
-        self.check_process()
-        with self._lock:
-            self._check_alive()
-            self._inbox.put((lambda: result.extend(self._core.usage()), done))
-        done.wait()
-        return result
+        return self._between_steps(self._core.usage)
+
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine does and has done, between two steps. Raises EngineDeadError."""
+        return self._between_steps(self._core.snapshot)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes. Raises EngineDeadError."""
+        self._between_steps(self._core.reset_prefix_cache)
 
     def new_request_id(self) -> int:
         return next(self._ids)
@@ -128,6 +133,19 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _between_steps(self, call: Callable[[], Result]) -> Result:
+        """The result of ``call`` in the engine's thread. Raises EngineDeadError."""
+        result: list[Result] = []
+        done = threading.Event()
+        self.check_process()
+        with self._lock:
+            self._check_alive()
+            self._inbox.put((lambda: result.append(call()), done))
+        done.wait()
+        if not result:
+            raise EngineDeadError("the engine stopped meanwhile")
+        return result[0]
 
     def _check_alive(self) -> None:
         if self._closed:

@@ -2,47 +2,51 @@
 
 Each KV group has a pool of pages. A page is used (some sequence's table names it), cached (nobody does, but the prefix
 tree knows its contents) or free; free + used + cached = total, always. Cached pages are given away least recently used
-first, and a sequence returns its pages last first, so that the beginning of a prompt outlives its end. A page that a
-sequence is still filling is never shared, so nothing is ever copied.
+first, and a sequence returns its pages last first, so that the beginning of a prompt outlives its end.
+
+Sequences share pages in two ways. Full pages are found by their tokens through the prefix tree, and never change. A
+fork holds all pages of its parent, the one that is still filling included; whoever first writes to a page that others
+hold too gets a copy of it (copy-on-write, as in PagedAttention, SOSP 2023). A sequence that starts names the full pages
+that it is going to compute, so that another one with the same beginning can wait for them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from tokenmill.engine.page_pool import PagePool, PoolUsage
 from tokenmill.engine.prefix_cache import PrefixNode, PrefixTree, block_key
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.program.step import Int32
 
+__all__ = ["KvCache", "PoolUsage", "PrefixMatch", "SequencePages"]
 
-@dataclass(frozen=True, slots=True)
-class PoolUsage:
-    """Pages of one KV group."""
-
-    free: int
-    used: int
-    cached: int
-    total: int
+CopyPage = Callable[[int, int, int], None]
+"""Copies, in a group, the contents of one page to another: (group, from page, to page)."""
 
 
 class SequencePages:
-    """One sequence's page tables. Made by :meth:`KvCache.open`, ended by :meth:`KvCache.release`."""
+    """One sequence's page tables. Made by :class:`KvCache`, ended by :meth:`KvCache.release`."""
 
-    __slots__ = ("_tables", "committed", "first", "length", "tail")
+    __slots__ = ("_tables", "committed", "computed", "first", "length", "planned", "tail")
 
     def __init__(self, groups: int, capacity: int, tail: PrefixNode) -> None:
         self._tables: list[Int32] = [np.full(capacity, -1, dtype=np.int32) for _ in range(groups)]
         self.length = 0
         """Logical pages, the same in all groups."""
+        self.computed = 0
+        """Leading slots that hold keys and values."""
         self.first = [0] * groups
         """First logical page that each group still holds; those before it left the window."""
         self.committed = 0
         """Full pages known to the prefix tree; ``tail`` is the last one's node."""
         self.tail = tail
+        self.planned: deque[PrefixNode] = deque()
+        """Nodes of full pages that this sequence is going to commit, in their order."""
 
     def table(self, group: int) -> Int32:
         """Page of each logical page, -1 left of the window."""
@@ -52,7 +56,7 @@ class SequencePages:
         """Pages that the sequence holds in ``group``."""
         return self.length - self.first[group]
 
-    def append(self, group: int, logical: int, page: int) -> None:
+    def assign(self, group: int, logical: int, page: int) -> None:
         self._tables[group][logical] = page
 
     def forget(self, group: int, logical: int) -> int:
@@ -61,111 +65,47 @@ class SequencePages:
         self._tables[group][logical] = -1
         return page
 
+    def fork(self) -> SequencePages:
+        """The same pages in other tables; nothing is planned."""
+        twin = SequencePages(len(self._tables), len(self._tables[0]), self.tail)
+        for own, other in zip(self._tables, twin._tables, strict=True):
+            other[:] = own
+        twin.length, twin.computed, twin.committed = self.length, self.computed, self.committed
+        twin.first = list(self.first)
+        return twin
 
-class PagePool:
-    """The pages of one KV group: reference counts, the free list, and cached pages in order of last use."""
 
-    def __init__(self, group: int, total: int, tree: PrefixTree) -> None:
-        self._group = group
-        self._tree = tree
-        self.total = total
-        self._free = list(range(total - 1, -1, -1))
-        self._cached: OrderedDict[int, None] = OrderedDict()
-        self._references = [0] * total
-        self._nodes: list[PrefixNode | None] = [None] * total
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What the cache knows of a sequence's beginning. Valid until the cache changes."""
 
-    @property
-    def available(self) -> int:
-        """Pages that :meth:`take` can give: free and cached ones."""
-        return len(self._free) + len(self._cached)
-
-    def usage(self) -> PoolUsage:
-        free, cached = len(self._free), len(self._cached)
-        return PoolUsage(free=free, used=self.total - free - cached, cached=cached, total=self.total)
-
-    def is_cached(self, page: int) -> bool:
-        """True if the tree knows the page and no sequence holds it."""
-        return page in self._cached
-
-    def take(self) -> int:
-        """A page for writing, with one reference. Raises IndexError if none is available."""
-        if self._free:
-            page = self._free.pop()
-        elif self._cached:
-            page, _ = self._cached.popitem(last=False)
-            self.forget(page)
-        else:
-            raise IndexError(f"KV group {self._group} has no page left")
-        self._references[page] = 1
-        return page
-
-    def share(self, page: int) -> None:
-        """One more reference to a page that the tree knows."""
-        self._cached.pop(page, None)
-        self._references[page] += 1
-
-    def drop(self, page: int, *, discard: bool = False) -> None:
-        """One reference less; at zero the page becomes cached if the tree knows it, else (or with discard) free."""
-        if self._references[page] <= 0:
-            raise AssertionError(f"page {page} of KV group {self._group} returned twice")
-        self._references[page] -= 1
-        if self._references[page]:
-            return
-        if discard:
-            self.forget(page)
-        if self._nodes[page] is None:
-            self._free.append(page)
-        else:
-            self._cached[page] = None
-
-    def publish(self, page: int, node: PrefixNode) -> None:
-        """Lets the tree find ``page`` under ``node``, unless either is taken."""
-        if self._nodes[page] is None and node.pages[self._group] is None:
-            self._nodes[page] = node
-            node.pages[self._group] = page
-
-    def forget(self, page: int) -> None:
-        """Takes ``page`` out of the tree."""
-        node = self._nodes[page]
-        if node is not None:
-            node.pages[self._group] = None
-            self._nodes[page] = None
-            self._tree.prune(node)
-
-    def forget_all(self) -> None:
-        """Takes every page out of the tree; those that no sequence holds become free."""
-        while self._cached:
-            page, _ = self._cached.popitem(last=False)
-            self.forget(page)
-            self._free.append(page)
-        for page in range(self.total):
-            self.forget(page)
-
-    def check(self, holders: Counter[int]) -> None:
-        """Raises AssertionError if counts, lists or tree contradict each other or ``holders``, references by page."""
-        free, cached = set(self._free), set(self._cached)
-        assert len(free) == len(self._free), "a page is in the free list twice"
-        assert not free & cached, "a page is both free and cached"
-        for page in range(self.total):
-            count = self._references[page]
-            assert count == holders[page], f"page {page}: counted {count}, held {holders[page]}"
-            assert (count == 0) == (page in free or page in cached), f"page {page} is lost"
-            node = self._nodes[page]
-            assert node is None or node.pages[self._group] == page, f"page {page}: its node names another page"
-            assert (page in cached) <= (node is not None), f"page {page} is cached but unknown to the tree"
-            assert not (page in free and node is not None), f"page {page} is free but known to the tree"
+    tokens: Int32
+    root: PrefixNode
+    path: list[PrefixNode]
+    """Full pages that can be used now."""
+    computing: PrefixNode | None
+    """The last of the pages right after them that a running sequence is about to compute."""
 
 
 class KvCache:
     """The pages of all KV groups. Sizes are in pages of ``PAGE_TOKENS`` slots; slots are positions in a sequence."""
 
-    def __init__(self, groups: Sequence[KvGroupSpec], pages: Sequence[int], *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        groups: Sequence[KvGroupSpec],
+        pages: Sequence[int],
+        *,
+        prefix_caching: bool = True,
+        copy_page: CopyPage | None = None,
+    ) -> None:
+        """``copy_page`` is the backend's; without it nothing can be forked."""
         if len(groups) != len(pages):
             raise ValueError(f"{len(groups)} KV groups but {len(pages)} page counts")
         self._windows = [spec.window for spec in groups]
         self._tree = PrefixTree(len(groups))
         self._pools = [PagePool(group, count, self._tree) for group, count in enumerate(pages)]
         self._prefix_caching = prefix_caching
+        self._copy_page = copy_page
         self._sequences: set[SequencePages] = set()
 
     @property
@@ -181,53 +121,120 @@ class KvCache:
         whole = _pages(length)
         return [whole if w is None else min(whole, _pages(w - 1 + chunk) + 1) for w in self._windows]
 
+    # ---- starting --------------------------------------------------------------------------------------------------
+
+    def match(self, tokens: Int32, reusable: int, salt: Hashable = None) -> PrefixMatch:
+        """The longest beginning of ``tokens`` that is known, of the ``reusable`` leading tokens that may come from the
+        cache, among the sequences of the same ``salt``."""
+        root = self._tree.root(salt)
+        known = self._tree.walk(root, tokens, reusable // PAGE_TOKENS) if self._prefix_caching else []
+        usable = self._usable(known)
+        computing = None
+        for node in known[usable:]:
+            if node.computing is None:
+                break
+            computing = node
+        return PrefixMatch(tokens, root, known[:usable], computing)
+
     def open(
-        self, tokens: Int32, capacity: int, *, reusable: int, reserve: Sequence[int], chunk: int, salt: Hashable = None
+        self, match: PrefixMatch, capacity: int, *, reserve: Sequence[int], chunk: int
     ) -> tuple[SequencePages, int] | None:
         """Starts a sequence: its page tables, and how many leading slots an earlier sequence has computed.
 
-        ``capacity`` is the most slots that it may get, ``reusable`` how many leading tokens may come from the cache.
-        None, and nothing changes, unless each group has the pages for all of ``tokens`` and one more besides
-        ``reserve`` pages that are promised to others.
+        ``capacity`` is the most slots that it may get. None, and nothing changes, unless each group has the pages for
+        all of the tokens and one more besides ``reserve`` pages that are promised to others.
         """
-        root = self._tree.root(salt)
-        path = self._longest_prefix(root, tokens, reusable // PAGE_TOKENS) if self._prefix_caching else []
-        needed = self.pages_needed(min(len(tokens) + 1, capacity), chunk)
+        tokens, path = match.tokens, match.path
         slots = len(path) * PAGE_TOKENS
-        for group, pool in enumerate(self._pools):
-            hits = [node.pages[group] for node in path[self._first_page(group, slots) :]]
-            unused = sum(pool.is_cached(page) for page in hits if page is not None)
-            if pool.available - unused - reserve[group] < needed[group] - len(hits):
-                return None
-        pages = SequencePages(self.groups, _pages(capacity) + 1, path[-1] if path else root)
+        first = [self._first_page(group, slots) for group in range(self.groups)]
+        if not self._fits(match.root, path, first, min(len(tokens) + 1, capacity), reserve, chunk):
+            return None
+        pages = self._start(path[-1] if path else match.root, capacity, slots, first)
         pages.length = pages.committed = len(path)
-        for group, pool in enumerate(self._pools):
-            pages.first[group] = self._first_page(group, slots)
-            for logical in range(pages.first[group], len(path)):
-                page = path[logical].pages[group]
-                assert page is not None
-                pool.share(page)
-                pages.append(group, logical, page)
-        pages.tail.users += 1
-        self._sequences.add(pages)
+        self._share(pages, path)
+        self._plan(pages, tokens)
         return pages, slots
 
+    def reopen(
+        self,
+        tokens: Int32,
+        computed: int,
+        capacity: int,
+        *,
+        reserve: Sequence[int],
+        chunk: int,
+        salt: Hashable = None,
+    ) -> tuple[SequencePages, list[tuple[int, int, int]]] | None:
+        """Starts a sequence again whose slots 0..``computed`` - 1 were computed before and are kept elsewhere.
+
+        Returns its tables and the pages whose contents have to be brought back before anything else happens, as
+        (group, logical page, page); the others are still known. None, and nothing changes, as in :meth:`open`.
+        """
+        root = self._tree.root(salt)
+        blocks = computed // PAGE_TOKENS if self._prefix_caching else 0
+        known = self._tree.walk(root, tokens, blocks)
+        first = [self._first_page(group, computed) for group in range(self.groups)]
+        if not self._fits(root, known, first, min(len(tokens) + 1, capacity), reserve, chunk):
+            return None
+        tail = root
+        for block in range(blocks):
+            tail = self._tree.child(tail, block_key(tokens, block))
+        pages = self._start(tail, capacity, computed, first)
+        pages.length, pages.committed = _pages(computed), blocks
+        self._share(pages, known)
+        missing = []
+        for group, pool in enumerate(self._pools):
+            for logical in range(first[group], pages.length):
+                if pages.table(group)[logical] < 0:
+                    page = pool.take()
+                    pages.assign(group, logical, page)
+                    missing.append((group, logical, page))
+        if blocks:
+            self._publish(pages, tokens, blocks)
+        self._plan(pages, tokens)
+        return pages, missing
+
+    def fork(self, pages: SequencePages) -> SequencePages:
+        """Another sequence with the same tokens so far, over the same pages."""
+        if self._copy_page is None:
+            raise ValueError("this cache cannot fork: it was given no way to copy a page")
+        twin = pages.fork()
+        for group, pool in enumerate(self._pools):
+            for logical in range(twin.first[group], twin.length):
+                pool.share(int(twin.table(group)[logical]))
+        twin.tail.users += 1
+        self._sequences.add(twin)
+        return twin
+
+    # ---- growing ---------------------------------------------------------------------------------------------------
+
     def extend(self, pages: SequencePages, slots: int) -> bool:
-        """Makes room for slots 0..slots - 1. False, and nothing changes, if a group lacks the pages."""
-        missing = _pages(slots) - pages.length
-        if missing <= 0:
-            return True
-        if any(pool.available < missing for pool in self._pools):
+        """Makes room to write the slots from the computed ones up to ``slots`` - 1: new pages, and a copy of the one
+        that is filling if another sequence holds it too. False, and nothing changes, if a group lacks the pages."""
+        missing = max(_pages(slots) - pages.length, 0)
+        filling, used = divmod(pages.computed, PAGE_TOKENS)
+        copied = [
+            used > 0 and slots > pages.computed and pool.is_shared(int(pages.table(group)[filling]))
+            for group, pool in enumerate(self._pools)
+        ]
+        if any(pool.available < missing + copy for pool, copy in zip(self._pools, copied, strict=True)):
             return False
         for group, pool in enumerate(self._pools):
+            if copied[group]:
+                shared, own = int(pages.table(group)[filling]), pool.take()
+                assert self._copy_page is not None
+                self._copy_page(group, shared, own)
+                pages.assign(group, filling, own)
+                pool.drop(shared)
             for logical in range(pages.length, pages.length + missing):
-                pages.append(group, logical, pool.take())
+                pages.assign(group, logical, pool.take())
         pages.length += missing
         return True
 
     def commit(self, pages: SequencePages, tokens: Int32, computed: int) -> None:
         """Slots 0..computed - 1 hold the keys and values of ``tokens``: full pages become findable, and pages that no
         later slot can see are returned."""
+        pages.computed = computed
         if self._prefix_caching:
             for block in range(pages.committed, computed // PAGE_TOKENS):
                 node = self._tree.child(pages.tail, block_key(tokens, block))
@@ -235,6 +242,8 @@ class KvCache:
                     page = int(pages.table(group)[block])
                     if page >= 0:
                         pool.publish(page, node)
+                if pages.planned and pages.planned[0] is node:
+                    pages.planned.popleft().computing = None
                 node.users += 1
                 pages.tail.users -= 1
                 pages.tail = node
@@ -245,12 +254,18 @@ class KvCache:
                 pool.drop(pages.forget(group, logical))
             pages.first[group] = max(pages.first[group], first)
 
+    # ---- ending ----------------------------------------------------------------------------------------------------
+
     def release(self, pages: SequencePages, *, discard: bool = False) -> None:
         """Returns all pages, last first; ``discard`` keeps nothing of what only this sequence held in the cache."""
         self._sequences.remove(pages)
         for group, pool in enumerate(self._pools):
             for logical in range(pages.length - 1, pages.first[group] - 1, -1):
                 pool.drop(pages.forget(group, logical), discard=discard)
+        while pages.planned:
+            node = pages.planned.pop()
+            node.computing = None
+            self._tree.prune(node)
         pages.tail.users -= 1
         self._tree.prune(pages.tail)
         pages.length = 0
@@ -264,17 +279,80 @@ class KvCache:
         """Raises AssertionError if pages are lost, held twice or miscounted (for tests and when idle)."""
         for group, pool in enumerate(self._pools):
             pool.check(Counter(int(p) for pages in self._sequences for p in pages.table(group) if p >= 0))
+        planned = {id(node): pages for pages in self._sequences for node in pages.planned}
         for node in self._tree.nodes():
-            assert node.users or node.children or any(p is not None for p in node.pages), "the tree holds an empty leaf"
+            kept = node.users or node.children or node.computing or any(p is not None for p in node.pages)
+            assert kept, "the tree holds an empty leaf"
+            assert node.computing is planned.get(id(node)), "a page is waited for that nobody is about to compute"
+        assert all(root.children or root.users for root in self._tree.roots()), "the tree holds an empty root"
+
+    # ---- parts -----------------------------------------------------------------------------------------------------
+
+    def _fits(
+        self,
+        root: PrefixNode,
+        known: Sequence[PrefixNode],
+        first: Sequence[int],
+        length: int,
+        reserve: Sequence[int],
+        chunk: int,
+    ) -> bool:
+        """True if every group has the pages of ``length`` slots beside those of ``known``, from page ``first`` on."""
+        needed = self.pages_needed(length, chunk)
+        for group, pool in enumerate(self._pools):
+            hits = [page for node in known[first[group] :] if (page := node.pages[group]) is not None]
+            unused = sum(pool.is_cached(page) for page in hits)
+            if pool.available - unused - reserve[group] < needed[group] - len(hits):
+                self._tree.prune(root)
+                return False
+        return True
+
+    def _start(self, tail: PrefixNode, capacity: int, computed: int, first: list[int]) -> SequencePages:
+        pages = SequencePages(self.groups, _pages(capacity) + 1, tail)
+        pages.computed, pages.first = computed, first
+        tail.users += 1
+        self._sequences.add(pages)
+        return pages
+
+    def _share(self, pages: SequencePages, known: Sequence[PrefixNode]) -> None:
+        """Puts the pages of ``known`` that the sequence sees into its tables."""
+        for group, pool in enumerate(self._pools):
+            for logical in range(pages.first[group], len(known)):
+                page = known[logical].pages[group]
+                if page is not None:
+                    pool.share(page)
+                    pages.assign(group, logical, page)
+
+    def _plan(self, pages: SequencePages, tokens: Int32) -> None:
+        """Names the full pages of ``tokens`` that are not committed as this sequence's to compute."""
+        if not self._prefix_caching:
+            return
+        node = pages.tail
+        for block in range(pages.committed, len(tokens) // PAGE_TOKENS):
+            node = self._tree.child(node, block_key(tokens, block))
+            if node.computing is None:  # else this sequence has to compute what another one does already
+                node.computing = pages
+                pages.planned.append(node)
+
+    def _publish(self, pages: SequencePages, tokens: Int32, blocks: int) -> None:
+        """Makes the first ``blocks`` pages findable; their nodes exist."""
+        node = pages.tail
+        for block in range(blocks - 1, -1, -1):
+            for group, pool in enumerate(self._pools):
+                page = int(pages.table(group)[block])
+                if page >= 0:
+                    pool.publish(page, node)
+            assert node.parent is not None
+            node = node.parent
 
     def _first_page(self, group: int, slots: int) -> int:
         """First logical page that slot ``slots`` and later ones see."""
         window = self._windows[group]
         return 0 if window is None else max(0, slots - window + 1) // PAGE_TOKENS
 
-    def _longest_prefix(self, root: PrefixNode, tokens: Int32, blocks: int) -> list[PrefixNode]:
-        """The longest known path at whose end every group still has all pages that the next slot sees."""
-        path = self._tree.walk(root, tokens, blocks)
+    def _usable(self, path: Sequence[PrefixNode]) -> int:
+        """Length of the longest beginning of ``path`` at whose end every group still has all pages that the next slot
+        sees."""
         runs = [0] * self.groups  # present pages in a row, up to the current block
         longest = 0
         for block, node in enumerate(path):
@@ -282,7 +360,7 @@ class KvCache:
             end = block + 1
             if all(run >= end - self._first_page(g, end * PAGE_TOKENS) for g, run in enumerate(runs)):
                 longest = end
-        return path[:longest]
+        return longest
 
 
 def _pages(slots: int) -> int:

@@ -48,6 +48,8 @@ class MemoryLedger:
     """Most tokens of one sequence, prompt and output."""
     max_num_seqs: int
     """Most sequences that run at once."""
+    swap: int = 0
+    """Most bytes of swap files; on disk, so not part of the total."""
 
     @property
     def total(self) -> int:
@@ -72,6 +74,8 @@ class MemoryLedger:
         rows.append(("scratch", size(self.scratch), ""))
         limits = f"{self.max_model_len} tokens a sequence, {self.max_num_seqs} sequences at once"
         rows.append(("total", size(self.total), limits))
+        if self.swap:
+            rows.append(("swap files", size(self.swap), "at most, on disk"))
         rows.append(("budget", size(self.budget.limit), self.budget.source))
         return "\n".join(f"{name:<12} {amount:>10}  {detail}".rstrip() for name, amount, detail in rows)
 
@@ -143,14 +147,17 @@ def memory_budget(memory: int | str | None, root: Path = Path("/")) -> MemoryBud
     return MemoryBudget(int(available * DEFAULT_SHARE), f"{DEFAULT_SHARE:.0%} of {source}", given=False)
 
 
-def parse_size(memory: int | str) -> int:
-    """Bytes of a size such as 8000000000, "8GB" (10^9 each), "8GiB" or "8G" (2^30 each). Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(memory))
-    if match is None or match[2].lower() not in _UNITS or isinstance(memory, bool | float):
-        raise UsageError(f'memory is {memory!r}; give bytes or a size such as "6GB" or "512MiB"')
+def parse_size(given: int | str, name: str = "memory") -> int:
+    """Bytes of a size such as 8000000000, "8GB" (10^9 each), "8GiB" or "8G" (2^30 each), given as ``name``.
+
+    Raises UsageError.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(given))
+    if match is None or match[2].lower() not in _UNITS or isinstance(given, bool | float):
+        raise UsageError(f'{name} is {given!r}; give bytes or a size such as "6GB" or "512MiB"')
     number = int(float(match[1]) * _UNITS[match[2].lower()])
     if number <= 0:
-        raise UsageError(f"memory is {memory!r}; it must be above 0")
+        raise UsageError(f"{name} is {given!r}; it must be above 0")
     return number
 
 

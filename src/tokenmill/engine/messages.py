@@ -45,6 +45,14 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class BeamSearch:
+    """Keep the ``width`` likeliest beginnings at every token, and return the ``width`` best outputs."""
+
+    width: int
+    length_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class AddRequest:
     """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities.
 
@@ -58,6 +66,11 @@ class AddRequest:
     score_only: bool = False
     arrival: float = 0.0
     """``time.monotonic()`` at the front door."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences of ``params.bad_words``: :func:`tokenmill.sampling.bad_word_ids`."""
+    beam: BeamSearch | None = None
+    """If set, ``params`` has temperature 0, ``n`` = width and ``logprobs`` = 2 * width and nothing that changes logits;
+    the outputs come all at once when the search is over, best first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,23 +8,30 @@ share (another adapter, a salt) start from another root.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
 
 from tokenmill.program.kv import PAGE_TOKENS
 from tokenmill.program.step import Int32
+
+if TYPE_CHECKING:
+    from tokenmill.engine.kv_cache import SequencePages
 
 
 class PrefixNode:
     """One full page of tokens after a given prefix: its page in each KV group that (still) has it."""
 
-    __slots__ = ("children", "key", "pages", "parent", "users")
+    __slots__ = ("children", "computing", "key", "pages", "parent", "users")
 
-    def __init__(self, parent: PrefixNode | None, key: bytes, groups: int) -> None:
+    def __init__(self, parent: PrefixNode | None, key: Hashable, groups: int) -> None:
         self.parent = parent
         self.key = key
-        self.children: dict[bytes, PrefixNode] = {}
+        """Tokens of the page as bytes; the salt in a root."""
+        self.children: dict[Hashable, PrefixNode] = {}
         self.pages: list[int | None] = [None] * groups
         self.users = 0
         """Sequences whose committed pages end here; they keep the path to the root alive."""
+        self.computing: SequencePages | None = None
+        """The running sequence that is about to compute this page; others may wait for it."""
 
 
 class PrefixTree:
@@ -37,7 +44,7 @@ class PrefixTree:
     def root(self, salt: Hashable = None) -> PrefixNode:
         """The empty prefix of everything that shares ``salt``."""
         if salt not in self._roots:
-            self._roots[salt] = PrefixNode(None, b"", self._groups)
+            self._roots[salt] = PrefixNode(None, salt, self._groups)
         return self._roots[salt]
 
     def walk(self, root: PrefixNode, tokens: Int32, blocks: int) -> list[PrefixNode]:
@@ -61,10 +68,17 @@ class PrefixTree:
 
     def prune(self, node: PrefixNode) -> None:
         """Removes ``node`` and its ancestors as far as nothing needs them."""
-        while node.parent is not None and not node.users and not node.children and all(p is None for p in node.pages):
-            parent = node.parent
-            parent.children.pop(node.key, None)
-            node = parent
+        while not (node.users or node.children or node.computing or any(p is not None for p in node.pages)):
+            siblings = self._roots if node.parent is None else node.parent.children
+            if siblings.get(node.key) is node:
+                del siblings[node.key]
+            if node.parent is None:
+                return
+            node = node.parent
+
+    def roots(self) -> Sequence[PrefixNode]:
+        """The empty prefixes, one for each salt."""
+        return list(self._roots.values())
 
     def nodes(self) -> Sequence[PrefixNode]:
         """All nodes but the roots."""

@@ -1,26 +1,33 @@
 """Which sequence runs how many tokens in the next step.
 
 Continuous batching (Orca, OSDI 2022) with split and fuse (DeepSpeed-FastGen 2024): sequences that decode go first, then
-prompts fill what is left of a fixed token budget, cut where it ends; the remainder is first among the prompts of the
-next step. First come, first served: a prompt starts only when the pages for all of it are there, and none overtakes the
-one that waits in front.
+prompts fill what is left of the step's budget of tokens and time, cut where it ends; the remainder is first among the
+prompts of the next step. A policy ranks the sequences, by arrival unless told otherwise: a prompt starts only when the
+pages for all of it are there, and none overtakes the one that waits in front. Only who waits for a beginning that
+another sequence is just computing lets others pass: it will then start behind that beginning.
 
-When pages run out, the newest sequences give theirs back and are computed again later, prompt and output so far. Only
-newer sequences ever yield to older ones and the oldest can always have every page, so each step brings the oldest
-nearer to its end.
+When pages run out, the sequences of the worst rank give theirs back. Later they are read back from a swap file, or
+computed again, prompt and output so far. Only worse ranks ever yield to better ones and the best can always have every
+page, so each step brings the best nearer to its end.
 """
 
 from __future__ import annotations
 
 import bisect
-import time
 from dataclasses import dataclass
+from enum import Enum, auto
 
 from tokenmill.engine.kv_cache import KvCache
+from tokenmill.engine.policies import Rank
 from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.step_budget import MAX_SCORED_ROWS, Chunk, StepBudget
+from tokenmill.engine.step_time import StepTimeModel, StepWork
+from tokenmill.engine.swap import SwappedPages, SwapSpace
+from tokenmill.program.kv import PAGE_TOKENS
 
-MAX_SCORED_ROWS = 64
-"""Rows of logits that a step computes for log-probabilities of prompts."""
+__all__ = ["MAX_SCORED_ROWS", "Chunk", "Scheduler", "SchedulerLimits"]
+
+_DECODES_OBSERVED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,63 +41,86 @@ class SchedulerLimits:
     """Rows of logits; at least ``sequences``."""
     context: int
     """Tokens of one sequence."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens computed, ..., computed + count - 1 of ``sequence``."""
-
-    sequence: Sequence
-    count: int
-    scored: int
-    """Rows skip .. skip + scored - 1 of the chunk, whose logits give log-probabilities of prompt tokens."""
-    skip: int
-    samples: bool
-    """True if the chunk's last row picks a token."""
+    step_target: float | None = None
+    """Seconds that a step should take: prompts are cut so that it does. None: they are cut by ``tokens`` only."""
 
 
 class Scheduler:
-    """Queues of sequences, oldest first, over one KV cache."""
+    """Queues of sequences, best rank first, over one KV cache."""
 
-    def __init__(self, cache: KvCache, limits: SchedulerLimits) -> None:
+    def __init__(self, cache: KvCache, limits: SchedulerLimits, swap: SwapSpace | None = None) -> None:
         if limits.rows < limits.sequences or limits.tokens < limits.sequences:
             raise ValueError("a step must have a token and a row of logits for every sequence")
         self.cache = cache
         self.limits = limits
+        self.swap = swap
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.prefix_queries = 0
+        """Tokens of the sequences that started, and how many of them were found in the prefix cache."""
+        self.prefix_hits = 0
+        self.step_time = StepTimeModel()
+        self._observed = 0
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        bisect.insort(self.waiting, sequence, key=_order)
+        bisect.insort(self.waiting, sequence, key=_rank)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """Adds a sequence with the tokens of ``parent``, over its pages where there is a seat for it."""
+        if parent.pages is None or len(self.running) >= self.limits.sequences:
+            self.add(child)
+            return
+        child.pages, child.computed = self.cache.fork(parent.pages), parent.computed
+        bisect.insort(self.running, child, key=_rank)
 
     def remove(self, sequence: Sequence, *, discard: bool = False) -> None:
         """Forgets a sequence and returns its pages; with ``discard`` their contents are not kept for others."""
         if sequence.pages is None:
             self.waiting.remove(sequence)
+            self._drop_swapped(sequence)
         else:
             self.running.remove(sequence)
             self._release(sequence, discard=discard)
 
-    def schedule(self) -> list[Chunk]:
-        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs."""
+    def schedule(self, now: float) -> list[Chunk]:
+        """The chunks of the next step, with pages for all their tokens; empty only if nothing waits or runs but
+        for a grammar, or beams have to make room for each other first.
+
+        ``now`` in seconds becomes the start of sequences that start.
+        """
         chunks: dict[Sequence, Chunk] = {}
-        budget = _Budget(self.limits.tokens, self.limits.rows)
+        budget = StepBudget(self.limits.tokens, self.limits.rows, self.limits.step_target, self.step_time)
         preempted = self.preemptions
         for decoding in (True, False):
             for sequence in list(self.running):
                 if sequence.pages is not None and sequence.decodes == decoding:
                     self._plan(sequence, chunks, budget)
         # A sequence that lost its pages in this step does not get them back in the same one.
-        while preempted == self.preemptions and self.waiting and budget.tokens > 0:
-            head = self.waiting[0]
-            if not self._admit(head):
-                break
-            self._plan(head, chunks, budget)
+        place = 0
+        while (
+            preempted == self.preemptions
+            and place < len(self.waiting)
+            and len(self.running) < self.limits.sequences
+            and budget.prompt_tokens(0) > 0
+        ):
+            head = self.waiting[place]
+            if head.parked:
+                place += 1
+                continue
+            match self._admit(head, now):
+                case _Admission.STARTED:
+                    self._plan(head, chunks, budget)
+                case _Admission.DEFERRED:
+                    place += 1
+                case _Admission.FULL:
+                    break
+        if not chunks:
+            self._unseat_parked()
         return [chunks[sequence] for sequence in self.running if sequence in chunks]
 
     def advance(self, chunk: Chunk) -> None:
@@ -100,8 +130,17 @@ class Scheduler:
         sequence.computed += chunk.count
         self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
 
-    def _plan(self, sequence: Sequence, chunks: dict[Sequence, Chunk], budget: _Budget) -> None:
-        count = min(sequence.remaining, budget.tokens)
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step of ``work`` took ``seconds``."""
+        self._observed += 1
+        # Steps of decoding alone are all alike: a few of them tell enough.
+        if self.limits.step_target is not None and (work.prompt_tokens or self._observed % _DECODES_OBSERVED == 0):
+            self.step_time.observe(work, seconds)
+
+    def _plan(self, sequence: Sequence, chunks: dict[Sequence, Chunk], budget: StepBudget) -> None:
+        decodes = sequence.decodes
+        most = budget.tokens if decodes else budget.prompt_tokens(sequence.computed)
+        count = min(sequence.remaining, most)
         skip = scored = 0
         if sequence.wants_scores:
             # Row p gives the log-probability of token p + 1, so rows from scored - 1 on are wanted.
@@ -109,22 +148,24 @@ class Scheduler:
             count = min(count, skip + min(budget.scored, budget.rows))
         elif budget.rows == 0 and not sequence.request.score_only:
             count = min(count, sequence.remaining - 1)  # the last token's logits have to wait for the next step
+        if sequence.compiling is not None and not sequence.request.score_only:
+            count = min(count, sequence.remaining - 1)  # the last token has to wait for the grammar
         if count <= 0 or not self._make_room(sequence, sequence.computed + count, chunks, budget):
             return
         if sequence.wants_scores:
             scored = max(min(sequence.computed + count, sequence.prompt_length - 1) - sequence.computed - skip, 0)
         samples = not sequence.request.score_only and count == sequence.remaining
-        chunk = Chunk(sequence, count, scored, skip, samples)
+        chunk = Chunk(sequence, count, scored, skip, samples, decodes)
         chunks[sequence] = chunk
         budget.spend(chunk)
 
-    def _make_room(self, sequence: Sequence, slots: int, chunks: dict[Sequence, Chunk], budget: _Budget) -> bool:
-        """Gets pages for slots 0..slots - 1, from newer sequences if need be. False if the sequence must wait."""
+    def _make_room(self, sequence: Sequence, slots: int, chunks: dict[Sequence, Chunk], budget: StepBudget) -> bool:
+        """Gets pages for slots 0..slots - 1, from worse ranks if need be. False if the sequence must wait."""
         assert sequence.pages is not None
         while not self.cache.extend(sequence.pages, slots):
             victim = self.running[-1]
             if victim is sequence:
-                return False  # nobody newer to take from: it keeps its pages and waits until an older one is done
+                return False  # nobody to take from: it keeps its pages and waits until a better rank is done
             chunk = chunks.pop(victim, None)
             if chunk is not None:
                 budget.refund(chunk)
@@ -133,37 +174,80 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        assert sequence.pages is not None
+        if self.swap is not None and sequence.computed > 0:
+            held = -(-sequence.computed // PAGE_TOKENS)
+            tables = [sequence.pages.table(group)[:held] for group in range(self.cache.groups)]
+            sequence.swapped = self.swap.store(tables, sequence.computed)
         self._release(sequence)
         sequence.computed = 0
         sequence.preemptions += 1
         self.preemptions += 1
         self.add(sequence)
 
+    def _unseat_parked(self) -> None:
+        """Nothing can run: if that is because beams wait on pages and seats that their siblings lack, one yields."""
+        parked = [sequence for sequence in self.running if sequence.parked]
+        if parked and any(not sequence.parked for sequence in self.waiting):
+            self._preempt(parked[-1])
+
     def _release(self, sequence: Sequence, *, discard: bool = False) -> None:
         assert sequence.pages is not None
         self.cache.release(sequence.pages, discard=discard)
         sequence.pages = None
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Starts the sequence at the head of the queue if it and its pages fit."""
-        if len(self.running) >= self.limits.sequences:
-            return False
-        opened = self.cache.open(
+    def _admit(self, sequence: Sequence, now: float) -> _Admission:
+        """Starts the sequence if its pages fit and nobody is just computing its beginning."""
+        if sequence.swapped is not None:
+            return self._bring_back(sequence, sequence.swapped, now)
+        if sequence.awaits is not None and sequence.awaits.computing is not None:
+            return _Admission.DEFERRED
+        match = self.cache.match(sequence.tokens, sequence.reusable, sequence.request.params.cache_salt)
+        sequence.awaits = match.computing
+        if sequence.awaits is not None:
+            return _Admission.DEFERRED
+        opened = self.cache.open(match, self.limits.context, reserve=self._promised(), chunk=self.limits.tokens)
+        if opened is None:
+            return _Admission.FULL
+        sequence.pages, sequence.computed = opened
+        if sequence.started is None:
+            sequence.started = now
+            sequence.cached_tokens = sequence.computed
+            self.prefix_queries += sequence.length
+            self.prefix_hits += sequence.computed
+        self._run(sequence)
+        return _Admission.STARTED
+
+    def _bring_back(self, sequence: Sequence, swapped: SwappedPages, now: float) -> _Admission:
+        """Starts a swapped sequence where it was."""
+        opened = self.cache.reopen(
             sequence.tokens,
+            swapped.computed,
             self.limits.context,
-            reusable=sequence.reusable,
             reserve=self._promised(),
             chunk=self.limits.tokens,
+            salt=sequence.request.params.cache_salt,
         )
         if opened is None:
-            return False
-        sequence.pages, sequence.computed = opened
-        if not sequence.started:
-            sequence.started = time.monotonic()
-            sequence.cached_tokens = sequence.computed
+            return _Admission.FULL
+        pages, missing = opened
+        whole = swapped.load(missing)
+        self._drop_swapped(sequence)
+        if not whole:
+            self.cache.release(pages, discard=True)
+            return self._admit(sequence, now)  # computed again
+        sequence.pages, sequence.computed = pages, swapped.computed
+        self._run(sequence)
+        return _Admission.STARTED
+
+    def _run(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=_order)
-        return True
+        bisect.insort(self.running, sequence, key=_rank)
+
+    def _drop_swapped(self, sequence: Sequence) -> None:
+        if sequence.swapped is not None:
+            sequence.swapped.close()
+            sequence.swapped = None
 
     def _promised(self) -> list[int]:
         """Pages per group that running prompts were admitted with but have not taken yet."""
@@ -176,22 +260,12 @@ class Scheduler:
         return promised
 
 
-@dataclass(slots=True)
-class _Budget:
-    tokens: int
-    rows: int
-    scored: int = MAX_SCORED_ROWS
-
-    def spend(self, chunk: Chunk) -> None:
-        self.tokens -= chunk.count
-        self.rows -= chunk.scored + chunk.samples
-        self.scored -= chunk.scored
-
-    def refund(self, chunk: Chunk) -> None:
-        self.tokens += chunk.count
-        self.rows += chunk.scored + chunk.samples
-        self.scored += chunk.scored
+class _Admission(Enum):
+    STARTED = auto()
+    DEFERRED = auto()
+    """Another sequence is computing the same beginning: this one lets others pass until that is done."""
+    FULL = auto()
 
 
-def _order(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+def _rank(sequence: Sequence) -> Rank:
+    return sequence.rank

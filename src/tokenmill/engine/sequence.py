@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import time
+from concurrent.futures import Future
 
 import numpy as np
 
 from tokenmill._native import SamplerSettings
+from tokenmill.engine.grammar import Grammar
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
+from tokenmill.engine.policies import Rank
+from tokenmill.engine.prefix_cache import PrefixNode
+from tokenmill.engine.swap import SwappedPages
 from tokenmill.program.step import Int32
 from tokenmill.sampling import sampler_settings
 
@@ -18,43 +22,60 @@ class Sequence:
 
     __slots__ = (
         "_buffer",
+        "awaits",
         "cached_tokens",
+        "compiling",
         "computed",
         "end_ids",
         "first_token",
+        "grammar",
         "index",
         "length",
-        "order",
         "pages",
+        "parked",
         "preemptions",
         "prompt_length",
+        "rank",
         "request",
         "scored",
         "settings",
         "started",
+        "swapped",
     )
 
-    def __init__(self, request: AddRequest, index: int, order: int, end_ids: frozenset[int]) -> None:
+    def __init__(self, request: AddRequest, index: int, rank: Rank, end_ids: frozenset[int]) -> None:
         self.request = request
         self.index = index
-        self.order = (order, index)
-        """Place in the queue: smaller came earlier."""
+        self.rank = rank
+        """Place in the queue: smaller goes first."""
         self.end_ids = end_ids
-        self.settings: SamplerSettings = sampler_settings(request.params, sample_index=index, end_ids=end_ids)
+        self.settings: SamplerSettings = sampler_settings(
+            request.params, sample_index=index, end_ids=end_ids, bad_words=request.bad_words
+        )
+        self.parked = False
+        """True for a beam that knows its next tokens and waits for its siblings: it must not run."""
+        self.grammar: Grammar | None = None
+        """What it must look like, once that is compiled."""
+        self.compiling: Future[Grammar] | None = None
+        """While this is set the sequence cannot sample."""
         self.prompt_length = len(request.prompt)
         self._buffer = np.zeros(self.prompt_length + 64, dtype=np.int32)
         self._buffer[: self.prompt_length] = request.prompt
         self.length = self.prompt_length
         """Tokens, prompt and output."""
         self.pages: SequencePages | None = None
+        self.awaits: PrefixNode | None = None
+        """The page that another sequence was about to compute when this one last asked to start."""
+        self.swapped: SwappedPages | None = None
+        """Its pages, if a preemption wrote them to a file."""
         self.computed = 0
         """Leading slots whose keys and values are in the cache."""
         self.scored = 1 if self._wants_scores else self.prompt_length
         """Leading prompt tokens whose log-probability is known or not wanted; the first token has none."""
         self.cached_tokens = 0
         self.preemptions = 0
-        self.started = 0.0
-        self.first_token = 0.0
+        self.started: float | None = None
+        self.first_token: float | None = None
 
     @property
     def tokens(self) -> Int32:
@@ -91,18 +112,26 @@ class Sequence:
         of the prompt need the logits of all."""
         return 0 if self.wants_scores else self.length - 1
 
+    def twin(self, index: int) -> Sequence:
+        """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
+        other = Sequence(self.request, index, (*self.rank[:2], index), self.end_ids)
+        other._buffer, other.length = self._buffer.copy(), self.length
+        other.scored, other.cached_tokens, other.started = self.scored, self.cached_tokens, self.started
+        other.first_token = self.first_token
+        return other
+
     def append(self, token: int) -> None:
         if self.length == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
         self._buffer[self.length] = token
         self.length += 1
 
-    def timings(self) -> Timings:
+    def timings(self, finished: float) -> Timings:
         return Timings(
             arrival=self.request.arrival,
-            started=self.started,
-            first_token=self.first_token,
-            finished=time.monotonic(),
+            started=finished if self.started is None else self.started,
+            first_token=finished if self.first_token is None else self.first_token,
+            finished=finished,
             cached_tokens=self.cached_tokens,
             preemptions=self.preemptions,
         )

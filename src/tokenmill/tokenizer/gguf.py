@@ -53,13 +53,15 @@ class _Spelling:
         self._byte_level = byte_level
 
     def token_bytes(self, token_id: int) -> bytes:
-        if token_id >= len(self._vocabulary) or self._vocabulary.types[token_id] == TokenType.UNUSED:
+        if token_id >= len(self._vocabulary):
+            return b""
+        kind = int(self._vocabulary.types[token_id])  # numpy takes ten times as long to compare with an enum
+        if kind == TokenType.UNUSED:
             return b""
         token = self._vocabulary.spelling(token_id)
         if not self._byte_level:
             return sentencepiece_bytes(token)
-        ordinary = self._vocabulary.types[token_id] == TokenType.NORMAL
-        return byte_level_bytes(token) if ordinary else token.encode("utf-8", "replace")
+        return byte_level_bytes(token) if kind == TokenType.NORMAL else token.encode("utf-8", "replace")
 
 
 class _GgufTokenizer:

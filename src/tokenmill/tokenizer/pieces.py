@@ -28,11 +28,19 @@ def byte_level_alphabet() -> dict[str, int]:
 def byte_level_bytes(token: str) -> bytes:
     """The bytes of an ordinary token of a byte-level vocabulary. A token with characters outside the alphabet can
     only be text added as it reads, and stands for its UTF-8."""
-    alphabet = byte_level_alphabet()
     try:
-        return bytes([alphabet[character] for character in token])
-    except KeyError:
+        return token.translate(_byte_level_table()).encode("latin-1")
+    except UnicodeEncodeError:
         return token.encode("utf-8", "replace")
+
+
+@cache
+def _byte_level_table() -> dict[int, str]:
+    """For ``str.translate``: characters of the alphabet become those of Latin-1, which stand for bytes, and all others
+    of Latin-1 something that is none."""
+    alphabet = byte_level_alphabet()
+    others = {code: "\uffff" for code in range(256) if chr(code) not in alphabet}
+    return others | {ord(character): chr(byte) for character, byte in alphabet.items()}
 
 
 def sentencepiece_bytes(token: str) -> bytes:

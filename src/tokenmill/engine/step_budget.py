@@ -1,0 +1,90 @@
+"""What one step may hold: tokens, rows of logits, and time.
+
+Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
+:class:`tokenmill.engine.step_time.StepTimeModel` knows, and at least as much as the decodes take: where reading the
+weights uses up most of the target, steps grow to twice that and prompts go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tokenmill.engine.sequence import Sequence
+from tokenmill.engine.step_time import StepTimeModel, StepWork
+
+MAX_SCORED_ROWS = 64
+"""Rows of logits that a step computes for log-probabilities of prompts."""
+
+_LEAST_PROMPT = 8
+"""Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
+_ALONE = 4.0
+"""While nothing decodes nobody waits for a token, and steps of this many targets read the weights less often."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens computed, ..., computed + count - 1 of ``sequence``."""
+
+    sequence: Sequence
+    count: int
+    scored: int
+    """Rows skip .. skip + scored - 1 of the chunk, whose logits give log-probabilities of prompt tokens."""
+    skip: int
+    samples: bool
+    """True if the chunk's last row picks a token."""
+    decodes: bool
+    """True if the chunk is the token sampled last and nothing else."""
+
+
+def step_work(chunks: Iterable[Chunk]) -> StepWork:
+    """What ``chunks`` are to the model of a step's time. Call it before they have run."""
+    work = StepWork()
+    for chunk in chunks:
+        _add(work, chunk, 1)
+    return work
+
+
+class StepBudget:
+    """What is left of a step that is being planned."""
+
+    def __init__(self, tokens: int, rows: int, target: float | None, model: StepTimeModel) -> None:
+        """``target``: seconds that the step should take; None bounds it by tokens only."""
+        self.tokens = tokens
+        self.rows = rows
+        self.scored = MAX_SCORED_ROWS
+        self.work = StepWork()
+        self._target = target
+        self._model = model
+
+    def prompt_tokens(self, computed: int) -> int:
+        """Tokens that a prompt may get from slot ``computed`` on."""
+        if self._target is None:
+            return self.tokens
+        decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
+        target = self._target if self.work.decoded else _ALONE * self._target
+        left = max(target - decodes, decodes) - (self._model.seconds(self.work) - decodes)
+        count = self._model.prompt_tokens(self.work, computed, left)
+        if self.work.prompt_tokens == 0:
+            count = max(count, _LEAST_PROMPT)
+        return min(count, self.tokens)
+
+    def spend(self, chunk: Chunk) -> None:
+        self._count(chunk, 1)
+
+    def refund(self, chunk: Chunk) -> None:
+        """The chunk is not in the step after all."""
+        self._count(chunk, -1)
+
+    def _count(self, chunk: Chunk, sign: int) -> None:
+        self.tokens -= sign * chunk.count
+        self.rows -= sign * (chunk.scored + chunk.samples)
+        self.scored -= sign * chunk.scored
+        _add(self.work, chunk, sign)
+
+
+def _add(work: StepWork, chunk: Chunk, sign: int) -> None:
+    if chunk.decodes:
+        work.add_decode(chunk.sequence.computed, sign)
+    else:
+        work.add_prompt(chunk.sequence.computed, chunk.count, sign)

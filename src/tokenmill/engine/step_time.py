@@ -1,0 +1,134 @@
+"""How long a step takes, learned from the steps that ran.
+
+Time is modelled as a sum of costs: a constant (reading the weights), one per decoded token and per slot of context it
+reads, one per prompt token and per (prompt token, slot) pair of attention. No cost is negative. They are fitted while
+the engine runs, by recursive least squares with directional forgetting (Cao and Schwartz, "A directional forgetting
+algorithm based on the decomposition of the information matrix", Automatica 2000): a measurement replaces what was
+known along its own direction only, so a thousand steps of pure decoding do not wash out what a prompt token costs.
+All costs are multiplied by the machine's pace, which follows the last few steps: when neighbours take the processor
+away, everything slows down alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import mul
+
+_FORGETTING = 0.98
+"""How much of what was known along a measurement's direction outlives it: about fifty steps are remembered."""
+_PRIOR = 1e-2
+"""Information of the first guess, that everything is free: little beside one measurement of what a step has much of,
+and enough to keep what it has next to nothing of from explaining anything."""
+_PACE = 0.5
+"""Share of a measurement in the machine's pace."""
+_SWEEPS = 30
+_SETTLED = 1e-3
+"""Sweeps end when no cost changes by more than this share of the step."""
+_OUTLIER = 4.0
+"""A step that takes this many times what was expected counts as no more: somebody else had the processor."""
+_SURPRISE = 0.2
+"""A familiar kind of step that takes longer or shorter by more than this share tells of the pace, not of the costs."""
+_FAMILIAR = 10
+"""Steps with (or without) prompts after which that kind is familiar."""
+_FIRST_CHUNK = 32
+"""Prompt tokens of a step before anything was measured; then at most twice as many as any measured step had."""
+_SCALES = (1.0, 16.0, 16384.0, 64.0, 65536.0)
+"""Units of the features, which bring them near one."""
+
+
+@dataclass(slots=True)
+class StepWork:
+    """What a step consists of, as far as its time depends on it."""
+
+    decoded: int = 0
+    """Sequences that decode."""
+    decoded_slots: int = 0
+    """Slots of context that they read."""
+    prompt_tokens: int = 0
+    prompt_pairs: int = 0
+    """Slots that the prompt tokens read, summed over the tokens."""
+
+    def add_decode(self, computed: int, sign: int = 1) -> None:
+        """A token at slot ``computed``; ``sign`` -1 takes it off again."""
+        self.decoded += sign
+        self.decoded_slots += sign * (computed + 1)
+
+    def add_prompt(self, computed: int, count: int, sign: int = 1) -> None:
+        """``count`` tokens of a prompt from slot ``computed`` on."""
+        self.prompt_tokens += sign * count
+        self.prompt_pairs += sign * _pairs(computed, count)
+
+    def features(self) -> list[float]:
+        values = (1, self.decoded, self.decoded_slots, self.prompt_tokens, self.prompt_pairs)
+        return [value / scale for value, scale in zip(values, _SCALES, strict=True)]
+
+
+class StepTimeModel:
+    """Predicts the seconds of a step. Knows nothing at first and lets prompts grow step by step until it does."""
+
+    def __init__(self) -> None:
+        self._costs = [0.0] * len(_SCALES)
+        self._information = [[_PRIOR if i == j else 0.0 for j in range(len(_SCALES))] for i in range(len(_SCALES))]
+        self._pace = 1.0
+        self._longest = _FIRST_CHUNK // 2
+        self._observed = [0, 0]
+        """Steps of decodes alone, and steps with prompts."""
+
+    def seconds(self, work: StepWork) -> float:
+        """Expected seconds of a step."""
+        return self._pace * _dot(self._costs, work.features())
+
+    def prompt_tokens(self, work: StepWork, computed: int, seconds: float) -> int:
+        """Most tokens of a prompt that may join ``work``, from slot ``computed`` on, in ``seconds`` more."""
+        unseen = max(2 * self._longest - work.prompt_tokens, 0)
+        if seconds <= 0:
+            return 0
+        pair = self._pace * self._costs[4] / _SCALES[4]
+        per_token = self._pace * self._costs[3] / _SCALES[3] + pair * (computed + 0.5)
+        # pair n^2 / 2 + per_token n = seconds, in the form that does not cancel where pairs cost nothing
+        root = per_token + math.sqrt(per_token * per_token + 2 * pair * seconds)
+        return unseen if 2 * seconds >= root * unseen else int(2 * seconds / root)
+
+    def observe(self, work: StepWork, seconds: float) -> None:
+        """A step of ``work`` took ``seconds``."""
+        self._longest = max(self._longest, work.prompt_tokens)
+        with_prompt = work.prompt_tokens > 0
+        self._observed[with_prompt] += 1
+        x = work.features()
+        expected = self._pace * _dot(self._costs, x)
+        if self._observed[with_prompt] > _FAMILIAR and expected > 0:
+            ratio = min(seconds / expected, _OUTLIER)
+            self._pace *= 1 + _PACE * (ratio - 1)
+            if abs(ratio - 1) > _SURPRISE:
+                return
+        self._fit(x, seconds / self._pace)
+
+    def _fit(self, x: list[float], seconds: float) -> None:
+        along = [_dot(row, x) for row in self._information]
+        forget = (1 - _FORGETTING) / _dot(along, x)
+        size = range(len(x))
+        kept = [[self._information[i][j] - forget * along[i] * along[j] for j in size] for i in size]
+        self._information = [[kept[i][j] + x[i] * x[j] for j in size] for i in size]
+        wanted = [_dot(kept[i], self._costs) + x[i] * seconds for i in size]
+        # Least squares with no cost below zero: coordinate descent from the last solution.
+        costs = list(self._costs)
+        for _ in range(_SWEEPS):
+            largest = 0.0
+            for i in size:
+                row = self._information[i]
+                cost = max(costs[i] + (wanted[i] - _dot(row, costs)) / row[i], 0.0)
+                largest = max(largest, abs(cost - costs[i]))
+                costs[i] = cost
+            if largest < _SETTLED * seconds:
+                break
+        self._costs = costs
+
+
+def _pairs(computed: int, count: int) -> int:
+    return count * computed + count * (count + 1) // 2
+
+
+def _dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return float(sum(map(mul, a, b)))
