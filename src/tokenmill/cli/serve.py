@@ -42,6 +42,13 @@ def serve(
     prefix_caching: Annotated[
         bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Reuse what prompts have in common.")
     ] = True,
+    step_target: Annotated[
+        float, typer.Option("--step-target", help="Seconds that a step should take; 0 for no target.")
+    ] = 0.05,
+    scheduling_policy: Annotated[str, typer.Option("--scheduling-policy", help="fcfs, or priority.")] = "fcfs",
+    swap_space: Annotated[
+        str | None, typer.Option("--swap-space", help="Files for requests that make room, e.g. 8GB. Default: none.")
+    ] = None,
     threads: options.Threads = 0,
     backend: options.BackendName = "native",
     max_queued_requests: Annotated[
@@ -70,6 +77,8 @@ def serve(
     from tokenmill.engine.ledger import parse_size
     from tokenmill.sources import TerminalProgress, resolve
 
+    if scheduling_policy not in ("fcfs", "priority"):
+        raise UsageError(f"--scheduling-policy is {scheduling_policy!r}; it must be fcfs or priority")
     if log_format not in ("text", "json"):
         raise UsageError(f"--log-format is {log_format!r}; it must be text or json")
     config = ServerConfig(
@@ -96,6 +105,9 @@ def serve(
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
         threads=threads,
+        step_target=step_target or None,
+        scheduling_policy="priority" if scheduling_policy == "priority" else "fcfs",
+        swap_space=swap_space,
         enable_prefix_caching=prefix_caching,
     )
     path = resolve(model, TerminalProgress())

@@ -127,7 +127,7 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
         clock.lap("read the model file")
         text = _text(config, checkpoint)
         clock.lap("load the tokenizer")
-        grammars = Grammars(tokenizer, bound.program.vocab_size)
+        grammars = Grammars(text.tokenizer, bound.program.vocab_size)
         open_parts.append(grammars.close)
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed

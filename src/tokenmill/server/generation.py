@@ -25,7 +25,7 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChunk
 from tokenmill.engine.process import EngineProcess
 from tokenmill.program.step import Int32
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.server.errors import RequestError
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord
@@ -68,6 +68,7 @@ class Generation:
         self._on_end = on_end
         self._ended = False
         outputs = 1 if score_only else params.n
+        bad_words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special=False))
         requests = [
             AddRequest(
                 engine.new_request_id(),
@@ -76,6 +77,7 @@ class Generation:
                 tokenizer.eos_ids,
                 score_only=score_only,
                 arrival=record.arrival,
+                bad_words=bad_words,
             )
             for prompt in prompts
         ]

@@ -6,13 +6,13 @@ names it. A parameter given as null counts as not given.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from tokenmill.sampling import SamplingParams
 from tokenmill.server.errors import ApiError, unsupported
+from tokenmill.server.structure import from_fields, from_format
+from tokenmill.structured import StructuredOutputs
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -20,8 +20,6 @@ MAX_TOKEN_LIST = 1024
 """Entries of logit_bias, stop_token_ids and their like."""
 MAX_LOGPROBS = 20
 MAX_PROMPTS = 2048
-
-_SAMPLING_NAMES = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
 def _stop_strings(value: object) -> object:
@@ -133,8 +131,6 @@ class SamplingBody(StrictBody):
         "prompt_logprobs",
         "bad_words",
         "allowed_token_ids",
-        "include_stop_str_in_output",
-        "skip_special_tokens",
         "cache_salt",
         "priority",
     )
@@ -142,11 +138,6 @@ class SamplingBody(StrictBody):
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "priority": (0,),
-        "bad_words": ([],),
-        "cache_salt": (),
-        "allowed_token_ids": (),
-        "structured_outputs": (),
         "truncate_prompt_tokens": (-1,),
     }
     """Values that ask for nothing, of the parameters that this server does not have."""
@@ -155,7 +146,7 @@ class SamplingBody(StrictBody):
         """Raises ApiError for a parameter that is given and cannot be honoured."""
         for name, neutral in self._neutral.items():
             value = getattr(self, name)
-            if value is not None and name not in _SAMPLING_NAMES and value not in neutral:
+            if value is not None and value not in neutral:
                 raise unsupported(name, "is not supported by this server; leave it out")
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options is only allowed with stream", param="stream_options")
@@ -166,8 +157,13 @@ class SamplingBody(StrictBody):
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters that were given."""
-        given = {name: getattr(self, name) for name in self._sampling if name in _SAMPLING_NAMES}
+        given = {name: getattr(self, name) for name in self._sampling}
+        given["structured_outputs"] = self.structure()
         return {name: value for name, value in given.items() if value is not None}
+
+    def structure(self) -> StructuredOutputs | None:
+        """What the output must look like. Raises ApiError for a description that makes no sense."""
+        return from_fields(self.structured_outputs)
 
     @property
     def include_usage(self) -> bool:
@@ -178,3 +174,15 @@ class SamplingBody(StrictBody):
     def continuous_usage(self) -> bool:
         """True if each event of a stream is to carry usage."""
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class FormattedBody(SamplingBody):
+    """A sampling body that has OpenAI's ``response_format`` too."""
+
+    response_format: dict[str, Any] | None = None
+
+    def structure(self) -> StructuredOutputs | None:
+        wanted = [each for each in (super().structure(), from_format(self.response_format)) if each is not None]
+        if len(wanted) > 1:
+            raise ApiError("response_format and structured_outputs cannot be combined", param="response_format")
+        return wanted[0] if wanted else None

@@ -16,7 +16,7 @@ from tokenmill.engine.wire import EngineReady, EngineReport
 from tokenmill.program.step import Int32
 from tokenmill.sampling import SamplingParams
 from tokenmill.server.config import ServerConfig
-from tokenmill.server.errors import AbortedError, ApiError, ShutdownError
+from tokenmill.server.errors import AbortedError, ApiError, ShutdownError, unsupported
 from tokenmill.server.generation import Generation, prompt_array
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord, log
@@ -115,9 +115,11 @@ class ServedModel:
         return prompt_array(token_ids)
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
-        """The model's defaults with what a request gave. Raises SamplingError."""
+        """The model's defaults with what a request gave. Raises SamplingError and ApiError."""
         params = SamplingParams.from_defaults(self.text.generation_defaults, **given)
         params.check_vocabulary(self.ready.vocab_size)
+        if params.priority and self.engine_config.scheduling_policy != "priority":
+            raise unsupported("priority", "needs a server with --scheduling-policy priority")
         return params
 
     # ---- generating ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tokenmill.server.requests import MAX_STOP_STRINGS, Name, StopStrings, Stric
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.structure import ForcedCalls
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
 
 router = new_router()
@@ -112,15 +113,26 @@ class CountBody(StrictBody):
 
     def refuse_unsupported(self) -> None:
         """Raises ApiError for a parameter that is given and cannot be honoured."""
-        if self.tool_choice is not None and self.tool_choice.get("type") not in ("auto", "none"):
-            raise unsupported("tool_choice", 'can be of type "auto" or "none" on this server')
+        self.calls_reader()
         if self.thinking is not None and self.thinking.get("type") != "disabled":
             raise unsupported("thinking", "is not supported by this server; leave it out")
+
+    def calls_reader(self) -> ToolCallReader | ForcedCalls | None:
+        """Reads the calls of the output; None if there can be none. Raises ApiError for an unknown choice."""
+        tools = self.offered_tools
+        match self.tool_choice:
+            case None | {"type": "none"} | {"type": "auto"}:
+                return ToolCallReader() if tools else None
+            case {"type": "any"} if tools:
+                return ForcedCalls(tools, None)
+            case {"type": "tool", "name": str(name)} if tools:
+                return ForcedCalls(tools, name)
+        raise unsupported("tool_choice", 'must be of type "none" or "auto", or with tools "any" or "tool"')
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
-        return None if self.tool_choice is not None and self.tool_choice["type"] == "none" else self.tools or None
+        return None if self.tool_choice is not None and self.tool_choice.get("type") == "none" else self.tools or None
 
     async def prompt(self, served: ServedModel) -> list[int]:
         """Token ids. A last message of the assistant is continued, as Anthropic has it."""
@@ -178,6 +190,9 @@ async def messages(body: MessagesBody, request: Request, served: Served, record:
         "top_k": body.top_k,
         "stop": body.stop_sequences,
     }
+    reader = body.calls_reader()
+    if isinstance(reader, ForcedCalls):
+        given["structured_outputs"] = reader.structure
     params = served.sampling_params({key: value for key, value in given.items() if value is not None})
     generation = served.generate([prompt], params, record)
     answer = _Answer(body, generation, record, name)
@@ -200,14 +215,15 @@ class _Answer:
     def whole(self) -> dict[str, Any]:
         (output,) = self.generation.outputs(0)
         prose, calls = output.text, list[ToolCall]()
-        if self.body.offered_tools:
-            prose, calls = ToolCallReader().read_all(output.text)
+        reader = self.body.calls_reader()
+        if reader is not None:
+            prose, calls = reader.read_all(output.text)
         content: list[dict[str, Any]] = [{"type": "text", "text": prose}] if prose or not calls else []
         content += [_tool_use(call) | {"input": call.input()} for call in calls]
         return {**self._message(), "content": content, **self._stop(output, bool(calls)), "usage": self._usage()}
 
     async def frames(self, idle: float) -> AsyncIterator[bytes]:
-        reader = ToolCallReader()
+        reader = self.body.calls_reader()
         begun = in_text = False
         index = 0
         async for pieces in self.generation.pieces(idle):
@@ -219,12 +235,12 @@ class _Answer:
                 yield _event("ping")
             for piece in pieces:
                 text, calls = piece.chunk.text, list[ToolCall]()
-                if self.body.offered_tools:
+                if reader is not None:
                     text, calls = reader.push(text)
                     if piece.chunk.finish_reason is not None:
                         rest, last_calls = reader.flush()
                         text, calls = text + rest, calls + last_calls
-                if text and (in_text or text.strip() or not reader.calls):
+                if text and (in_text or text.strip() or reader is None or not reader.calls):
                     if not in_text:
                         in_text = True
                         yield _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
@@ -241,7 +257,7 @@ class _Answer:
         if in_text:
             yield _event("content_block_stop", index=index)
         (output,) = self.generation.outputs(0)
-        yield _event("message_delta", delta=self._stop(output, bool(reader.calls)), usage=self._usage())
+        yield _event("message_delta", delta=self._stop(output, bool(reader and reader.calls)), usage=self._usage())
         yield _event("message_stop")
 
     def _message(self) -> dict[str, Any]:

@@ -16,11 +16,13 @@ from tokenmill.server.conversation import check_messages, encode_rendered, rende
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, Name, SamplingBody
+from tokenmill.server.requests import MAX_LOGPROBS, FormattedBody, Name
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.structure import ForcedCalls
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
+from tokenmill.structured import StructuredOutputs
 
 router = new_router()
 
@@ -45,7 +47,7 @@ Messages = Annotated[list[dict[str, Any]], BeforeValidator(check_messages)]
 Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools)]
 
 
-class ConversationBody(SamplingBody):
+class ConversationBody(FormattedBody):
     """What makes a prompt of a conversation."""
 
     messages: Messages
@@ -79,7 +81,6 @@ class ChatBody(ConversationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     metadata: dict[str, str] | None = None
@@ -97,7 +98,6 @@ class ChatBody(ConversationBody):
     function_call: str | dict[str, Any] | None = None
 
     _neutral_chat: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "response_format": ({"type": "text"},),
         "parallel_tool_calls": (True,),
         "echo": (False,),
         "add_special_tokens": (False,),
@@ -120,14 +120,33 @@ class ChatBody(ConversationBody):
             if value is not None and value not in neutral:
                 hint = "; use tools" if name.startswith("function") else "; leave it out"
                 raise unsupported(name, f"is not supported by this server{hint}")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise unsupported("tool_choice", 'can be "none" or "auto" on this server')
-        if self.tool_choice == "auto" and not self.tools:
+        if self.tool_choice not in (None, "none") and not self.tools:
             raise ApiError("tool_choice needs tools", param="tool_choice")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
         if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
             raise ApiError("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
+
+    def structure(self) -> StructuredOutputs | None:
+        own, forced = super().structure(), self.calls_reader()
+        if not isinstance(forced, ForcedCalls):
+            return own
+        if own is not None:
+            raise ApiError("tool_choice forces a call, so the answer cannot have a format too", param="tool_choice")
+        return forced.structure
+
+    def calls_reader(self) -> ToolCallReader | ForcedCalls | None:
+        """Reads the calls of one output; None if there can be none. Raises ApiError for an unknown choice."""
+        match self.tool_choice:
+            case _ if not self.offered_tools:
+                return None
+            case None | "auto":
+                return ToolCallReader()
+            case "required":
+                return ForcedCalls(self.offered_tools, None)
+            case {"type": "function", "function": {"name": str(name)}}:
+                return ForcedCalls(self.offered_tools, name)
+        raise unsupported("tool_choice", 'must be "none", "auto", "required" or name a function')
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -164,7 +183,7 @@ class _Answer:
     record: RequestRecord
     name: str
     created: int = field(default_factory=lambda: int(time.time()))
-    _readers: dict[int, ToolCallReader] = field(default_factory=dict)
+    _readers: dict[int, ToolCallReader | ForcedCalls | None] = field(default_factory=dict)
     """Of each choice of a stream."""
 
     def whole(self) -> dict[str, Any]:
@@ -206,8 +225,9 @@ class _Answer:
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
         finish_reason = output.finish_reason
-        if self.body.offered_tools:
-            prose, calls = ToolCallReader().read_all(output.text)
+        reader = self.body.calls_reader()
+        if reader is not None:
+            prose, calls = reader.read_all(output.text)
             if calls:
                 message |= {"content": prose or None, "tool_calls": [call.body() for call in calls]}
                 finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
@@ -225,8 +245,8 @@ class _Answer:
     def _piece(self, chunk: StreamChunk) -> bytes:
         delta: dict[str, Any] = {}
         text, finish_reason = chunk.text, chunk.finish_reason
-        if self.body.offered_tools:
-            reader = self._readers.setdefault(chunk.index, ToolCallReader())
+        reader = self._reader(chunk.index)
+        if reader is not None:
             known = len(reader.calls)
             text, calls = reader.push(text)
             if finish_reason is not None:
@@ -246,6 +266,11 @@ class _Answer:
         if finish_reason is not None:
             extra["stop_reason"] = self.generation.outputs(0)[chunk.index].stop_reason
         return self._event(chunk.index, delta, logprobs, finish_reason, extra)
+
+    def _reader(self, index: int) -> ToolCallReader | ForcedCalls | None:
+        if index not in self._readers:
+            self._readers[index] = self.body.calls_reader()
+        return self._readers[index]
 
     def _event(
         self,

@@ -18,7 +18,7 @@ from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.fill_in_middle import fill_in_middle
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, MAX_PROMPTS, SamplingBody
+from tokenmill.server.requests import MAX_LOGPROBS, MAX_PROMPTS, FormattedBody
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
@@ -53,7 +53,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionBody(SamplingBody):
+class CompletionBody(FormattedBody):
     prompt: Prompts
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -61,14 +61,11 @@ class CompletionBody(SamplingBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
-    response_format: dict[str, Any] | None = None
 
     def refuse_unsupported(self) -> None:
         super().refuse_unsupported()
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of", "is not supported by this server; use n")
-        if self.response_format is not None and self.response_format != {"type": "text"}:
-            raise unsupported("response_format", "is not supported by this server; leave it out")
         if self.suffix and self.echo:
             raise ApiError("suffix and echo cannot be combined", param="suffix")
         if self.max_tokens == 0 and not self.echo:

@@ -11,13 +11,15 @@ from fastapi import Request, Response
 from pydantic import BeforeValidator, Field
 
 from tokenmill.server.conversation import check_messages, encode_rendered, render
-from tokenmill.server.errors import unsupported
+from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.server.requests import Name, StrictBody
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.streams import KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.structure import ForcedCalls, from_format
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
+from tokenmill.structured import StructuredOutputs
 
 router = new_router()
 
@@ -90,7 +92,6 @@ class ResponsesBody(StrictBody):
     stream_options: dict[str, Any] | None = None
 
     _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_choice": ("auto", "none"),
         "parallel_tool_calls": (True,),
         "store": (False,),
         "background": (False,),
@@ -99,7 +100,6 @@ class ResponsesBody(StrictBody):
         "truncation": ("disabled",),
         "service_tier": ("auto", "default"),
         "include": ([],),
-        "text": ({}, {"format": {"type": "text"}}),
         "reasoning": ({},),
         "top_logprobs": (0,),
         "max_tool_calls": (),
@@ -114,6 +114,32 @@ class ResponsesBody(StrictBody):
             if value is not None and value not in neutral:
                 hint = "; responses are not stored here" if name in ("store", "previous_response_id") else ""
                 raise unsupported(name, f"is not supported by this server with this value{hint}")
+
+    def structure(self) -> StructuredOutputs | None:
+        """What the answer must look like. Raises ApiError."""
+        if self.text is not None and set(self.text) - {"format", "verbosity"}:
+            raise unsupported("text", "takes format only")
+        if self.text is not None and self.text.get("verbosity") not in (None, "medium"):
+            raise unsupported("text", "cannot set verbosity on this server")
+        wanted = from_format((self.text or {}).get("format"), "text.format")
+        reader = self.calls_reader()
+        if not isinstance(reader, ForcedCalls):
+            return wanted
+        if wanted is not None:
+            raise ApiError("tool_choice forces a call, so the answer cannot have a format too", param="tool_choice")
+        return reader.structure
+
+    def calls_reader(self) -> ToolCallReader | ForcedCalls | None:
+        """Reads the calls of the output; None if there can be none. Raises ApiError for an unknown choice."""
+        tools = self.offered_tools
+        match self.tool_choice:
+            case None | "none" | "auto":
+                return ToolCallReader() if tools else None
+            case "required" if tools:
+                return ForcedCalls(tools, None)
+            case {"type": "function", "name": str(name)} if tools:
+                return ForcedCalls(tools, name)
+        raise unsupported("tool_choice", 'must be "none" or "auto", or with tools "required" or the name of one')
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
@@ -135,7 +161,10 @@ async def responses(body: ResponsesBody, request: Request, served: Served, recor
     system = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     text = await render(served, [*system, *body.input], tools=body.offered_tools)
     prompt = served.check_prompt(await encode_rendered(served, text), param="input")
-    given = {"max_tokens": body.max_output_tokens}
+    given: dict[str, Any] = {"max_tokens": body.max_output_tokens}
+    structure = body.structure()
+    if structure is not None:
+        given["structured_outputs"] = structure
     given |= {key: value for key in ("temperature", "top_p") if (value := getattr(body, key)) is not None}
     generation = served.generate([prompt], served.sampling_params(given), record)
     answer = _Answer(body, generation, record, name)
@@ -164,12 +193,15 @@ class _Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     items: list[_Prose | ToolCall] = field(default_factory=list)
     """The output so far."""
-    _reader: ToolCallReader = field(default_factory=ToolCallReader)
     _sequence: int = 0
+    _reader: ToolCallReader | ForcedCalls | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._reader = self.body.calls_reader()
 
     def read(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
         """Splits a piece of the output into prose and the calls that it completes."""
-        if not self.body.offered_tools:
+        if self._reader is None:
             return text, []
         text, calls = self._reader.push(text)
         if last:
@@ -208,7 +240,7 @@ class _Answer:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (self.body.text or {}).get("format") or {"type": "text"}},
             "tool_choice": self.body.tool_choice or "auto",
             "tools": self.body.tools or [],
             "top_p": params.top_p,
