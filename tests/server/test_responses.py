@@ -70,7 +70,7 @@ def test_a_conversation_of_items(client: openai.OpenAI, server: RunningServer) -
     [
         {"store": True},
         {"previous_response_id": "resp_1"},
-        {"text": {"format": {"type": "json_object"}}},
+        {"text": {"verbosity": "high"}},
         {"tools": [{"type": "web_search"}]},
         {"input": []},
         {"input": [{"type": "image"}]},
