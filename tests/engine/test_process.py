@@ -51,7 +51,7 @@ def with_engine(
         )
         await engine.start()
         try:
-            await asyncio.wait_for(use(engine), 60)
+            await asyncio.wait_for(use(engine), 240)
         finally:
             await engine.close()
 
@@ -71,9 +71,9 @@ async def until_finished(stream: EventStream) -> list[Event]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 30 s"
+        assert time.monotonic() < deadline, "it did not happen within 120 s"
         await asyncio.sleep(0.01)
 
 
@@ -134,7 +134,7 @@ def test_an_engine_killed_in_mid_step_fails_what_runs_and_comes_back(tiny: tuple
         for stream in streams:
             with pytest.raises(EngineDeadError, match="SIGKILL"):
                 await until_finished(stream)
-        assert time.monotonic() - killed < 10
+        assert time.monotonic() - killed < 60
         assert engine.state is EngineState.DEAD
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             engine.submit([request(engine)])
@@ -208,7 +208,7 @@ asyncio.run(main())
     assert running(pid)
     parent.kill()
     parent.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while running(pid):
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.05)

@@ -87,7 +87,7 @@ class RunningServer:
                 total += float(match[2])
         return total
 
-    def until(self, condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds} s: {what}\n" + "\n".join(self.log[-20:])
@@ -107,7 +107,7 @@ class RunningServer:
     def stop(self) -> int:
         """SIGTERM, and the exit code."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
 
 def command(model: Path, *options: str) -> list[str]:

@@ -164,21 +164,23 @@ def test_an_engine_killed_in_mid_step(tiny_model: Path) -> None:
         server.until_idle()
 
 
-def test_health_is_503_while_there_is_no_engine(tiny_model: Path) -> None:
-    with serving(tiny_model, *SMALL) as server:
-        original = tiny_model.read_bytes()
+def test_health_is_503_while_there_is_no_engine(tiny_model: Path, tmp_path: Path) -> None:
+    original = tiny_model.read_bytes()
+    own_model = tmp_path / "own.gguf"
+    own_model.write_bytes(original)
+    with serving(own_model, *SMALL) as server:
         try:
-            tiny_model.write_bytes(original[:1000])  # what a restart finds is broken
+            own_model.write_bytes(original[:1000])  # what a restart finds is broken
             os.kill(server.engine_pid(), signal.SIGKILL)
             server.until(lambda: server.get("/health").status_code == 503, "health says so")
             refused = server.complete()
             assert refused.status_code == 503
             assert "retry-after" in refused.headers
-            server.until(lambda: "tiny.gguf" in server.get("/health").json()["error"]["message"], "the reason")
+            server.until(lambda: "own.gguf" in server.get("/health").json()["error"]["message"], "the reason")
             assert server.get("/ready").status_code == 503
             assert server.metric("tokenmill:engine_up") == 0
         finally:
-            tiny_model.write_bytes(original)
+            own_model.write_bytes(original)
         server.until(lambda: server.get("/ready").status_code == 200, "it is well again")
         assert server.complete().status_code == 200
 
