@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from toy_backend import ToyBackend
 
 from tokenmill.backends.backend import Float32, StepLimits
@@ -26,9 +27,14 @@ class Costs:
     row: float = 0.9e-3
     pair: float = 1.5e-7
     """Per row and slot of context that it reads."""
+    chunk_slot: float = 0.0
+    """Per sequence of more than one row and slot of context that it reads."""
 
     def seconds(self, plan: StepPlan) -> float:
-        return self.step + self.row * plan.tokens + self.pair * float((plan.slots + 1).sum())
+        lengths = np.diff(plan.row_starts)
+        chunks = plan.slots[plan.row_starts[1:] - 1][lengths > 1].sum()
+        pairs = (plan.slots + 1).sum()
+        return self.step + self.row * plan.tokens + self.pair * float(pairs) + self.chunk_slot * float(chunks)
 
 
 class SimulatedBackend(ToyBackend):

@@ -158,6 +158,13 @@ def test_few_seats_and_pages_change_nothing_and_end(tmp_path: Path, pages: int, 
     assert outputs(events) == outputs(run(plain, messages))
 
 
+@pytest.mark.parametrize(("width", "length"), [(3, 140), (4, 100), (6, 20)])
+def test_a_beam_that_lacks_a_page_gets_one_from_a_sibling_that_waits_for_it(width: int, length: int) -> None:
+    """Ten pages: there are moments when all beams but the last have run, and that one lacks a page."""
+    message = search(0, [6] * length, width, 90)
+    assert found_by(run(make_core(pages=10)[0], [message]), 0) == found_by(run(make_core()[0], [message]), 0)
+
+
 def test_a_cancelled_search_ends_all_its_outputs() -> None:
     core, _ = make_core()
     core.handle(search(0, [1, 2, 3], 4))

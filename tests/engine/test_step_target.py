@@ -50,6 +50,17 @@ def test_a_long_prompt_neither_stalls_its_neighbours_nor_starves() -> None:
     assert max(whole_gaps) >= 4 * max(split_gaps)
 
 
+def test_where_cutting_costs_much_steps_grow_a_little() -> None:
+    """Measured shape of a small model on two cores: attention of a few rows reads the context at nearly full price."""
+    costs = Costs(step=8e-3, row=0.92e-3, pair=5.7e-7, chunk_slot=2.5e-6)
+    split_gaps, split_first = gaps_and_first_token(
+        *simulated_core(costs=costs, step_target=TARGET, tokens=LONG + 8, pages=1200)
+    )
+    _, whole_first = gaps_and_first_token(*simulated_core(costs=costs, tokens=LONG + 8, pages=1200))
+    assert sorted(split_gaps)[int(0.99 * len(split_gaps))] <= 1.7 * TARGET
+    assert split_first <= 1.6 * whole_first
+
+
 def test_steps_use_the_time_that_they_have() -> None:
     core, backend = simulated_core(step_target=TARGET, pages=1200)
     gaps, _ = gaps_and_first_token(core, backend)
@@ -76,7 +87,24 @@ def test_a_machine_that_slows_down_gets_smaller_chunks() -> None:
     backend.costs = Costs(step=12e-3, row=2.7e-3, pair=4.5e-7)
     for _ in range(25):
         core.step()
-    assert backend.seconds[-1] == pytest.approx(TARGET, rel=0.25)
+    assert 0.8 * TARGET < backend.seconds[-1] < 1.55 * TARGET  # at first it was 2.8
+
+
+def test_a_cost_that_changes_alone_is_learned_anew() -> None:
+    """Something else used up the memory's bandwidth, and ends: the constant falls, a row costs what it did."""
+    core, backend = simulated_core(step_target=TARGET, pages=1200, costs=Costs(step=60e-3))
+    decode_for_ever(core, 4)
+    core.handle(request(8, [i % 97 for i in range(1500)]))
+    for _ in range(120):
+        core.step()
+    backend.costs = Costs()
+    for _ in range(80):
+        core.step()
+    core.handle(request(9, [i % 101 for i in range(3000)]))
+    for _ in range(40):
+        core.step()
+    assert max(backend.seconds[-30:]) <= 1.6 * TARGET
+    assert min(backend.seconds[-30:]) >= 0.8 * TARGET
 
 
 def test_before_anything_is_measured_chunks_are_small_and_double() -> None:

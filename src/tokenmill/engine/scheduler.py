@@ -186,9 +186,10 @@ class Scheduler:
         self.add(sequence)
 
     def _unseat_parked(self) -> None:
-        """Nothing can run: if that is because beams wait on pages and seats that their siblings lack, one yields."""
+        """Nothing can run: if that is because beams sit on pages and seats that their siblings lack, one yields."""
         parked = [sequence for sequence in self.running if sequence.parked]
-        if parked and any(not sequence.parked for sequence in self.waiting):
+        stuck = any(not s.parked and s.compiling is None for s in (*self.waiting, *self.running))
+        if parked and stuck:
             self._preempt(parked[-1])
 
     def _release(self, sequence: Sequence, *, discard: bool = False) -> None:

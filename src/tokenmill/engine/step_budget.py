@@ -1,8 +1,10 @@
 """What one step may hold: tokens, rows of logits, and time.
 
 Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
-:class:`tokenmill.engine.step_time.StepTimeModel` knows, and at least as much as the decodes take: where reading the
-weights uses up most of the target, steps grow to twice that and prompts go on.
+:class:`tokenmill.engine.step_time.StepTimeModel` knows. Cutting a prompt costs time: each of its chunks reads the
+weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow
+to at most half as long again; and prompts get at least as much time as the decodes take, so that they go on where
+decodes alone use up the target.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ MAX_SCORED_ROWS = 64
 
 _LEAST_PROMPT = 8
 """Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
+_OVERHEAD = 0.35
+"""Share of a step that decodes and reading the context again may take before the step grows."""
+_LONGEST = 1.5
+"""Targets to which such a step may grow."""
 _ALONE = 4.0
 """While nothing decodes nobody waits for a token, and steps of this many targets read the weights less often."""
 
@@ -62,8 +68,12 @@ class StepBudget:
         if self._target is None:
             return self.tokens
         decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
-        target = self._target if self.work.decoded else _ALONE * self._target
-        left = max(target - decodes, decodes) - (self._model.seconds(self.work) - decodes)
+        if self.work.decoded:
+            overhead = decodes + self._model.chunk_seconds(computed)
+            seconds = min(max(self._target, overhead / _OVERHEAD), _LONGEST * self._target)
+        else:
+            seconds = _ALONE * self._target
+        left = max(seconds, 2 * decodes) - self._model.seconds(self.work)
         count = self._model.prompt_tokens(self.work, computed, left)
         if self.work.prompt_tokens == 0:
             count = max(count, _LEAST_PROMPT)

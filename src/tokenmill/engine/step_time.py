@@ -1,7 +1,8 @@
 """How long a step takes, learned from the steps that ran.
 
 Time is modelled as a sum of costs: a constant (reading the weights), one per decoded token and per slot of context it
-reads, one per prompt token and per (prompt token, slot) pair of attention. No cost is negative. They are fitted while
+reads, one per prompt token, per (prompt token, slot) pair of attention and per slot of context that a chunk of a prompt
+reads for all its tokens together. No cost is negative. They are fitted while
 the engine runs, by recursive least squares with directional forgetting (Cao and Schwartz, "A directional forgetting
 algorithm based on the decomposition of the information matrix", Automatica 2000): a measurement replaces what was
 known along its own direction only, so a thousand steps of pure decoding do not wash out what a prompt token costs.
@@ -29,12 +30,13 @@ _SETTLED = 1e-3
 _OUTLIER = 4.0
 """A step that takes this many times what was expected counts as no more: somebody else had the processor."""
 _SURPRISE = 0.2
-"""A familiar kind of step that takes longer or shorter by more than this share tells of the pace, not of the costs."""
+"""Once a kind of step is familiar, costs are fitted to at most this share above or below what was expected; the rest is
+left to the pace, and to the next measurements if it stays."""
 _FAMILIAR = 10
 """Steps with (or without) prompts after which that kind is familiar."""
 _FIRST_CHUNK = 32
 """Prompt tokens of a step before anything was measured; then at most twice as many as any measured step had."""
-_SCALES = (1.0, 16.0, 16384.0, 64.0, 65536.0)
+_SCALES = (1.0, 16.0, 16384.0, 64.0, 65536.0, 4096.0)
 """Units of the features, which bring them near one."""
 
 
@@ -49,6 +51,8 @@ class StepWork:
     prompt_tokens: int = 0
     prompt_pairs: int = 0
     """Slots that the prompt tokens read, summed over the tokens."""
+    prompt_slots: int = 0
+    """Slots that the chunks of prompts read, summed over the chunks."""
 
     def add_decode(self, computed: int, sign: int = 1) -> None:
         """A token at slot ``computed``; ``sign`` -1 takes it off again."""
@@ -59,9 +63,10 @@ class StepWork:
         """``count`` tokens of a prompt from slot ``computed`` on."""
         self.prompt_tokens += sign * count
         self.prompt_pairs += sign * _pairs(computed, count)
+        self.prompt_slots += sign * (computed + count)
 
     def features(self) -> list[float]:
-        values = (1, self.decoded, self.decoded_slots, self.prompt_tokens, self.prompt_pairs)
+        values = (1, self.decoded, self.decoded_slots, self.prompt_tokens, self.prompt_pairs, self.prompt_slots)
         return [value / scale for value, scale in zip(values, _SCALES, strict=True)]
 
 
@@ -80,13 +85,18 @@ class StepTimeModel:
         """Expected seconds of a step."""
         return self._pace * _dot(self._costs, work.features())
 
+    def chunk_seconds(self, computed: int) -> float:
+        """What a chunk of a prompt costs from slot ``computed`` on, however few its tokens are."""
+        return self._pace * self._costs[5] / _SCALES[5] * computed
+
     def prompt_tokens(self, work: StepWork, computed: int, seconds: float) -> int:
         """Most tokens of a prompt that may join ``work``, from slot ``computed`` on, in ``seconds`` more."""
         unseen = max(2 * self._longest - work.prompt_tokens, 0)
+        seconds -= self.chunk_seconds(computed)
         if seconds <= 0:
             return 0
         pair = self._pace * self._costs[4] / _SCALES[4]
-        per_token = self._pace * self._costs[3] / _SCALES[3] + pair * (computed + 0.5)
+        per_token = self._pace * (self._costs[3] / _SCALES[3] + self._costs[5] / _SCALES[5]) + pair * (computed + 0.5)
         # pair n^2 / 2 + per_token n = seconds, in the form that does not cancel where pairs cost nothing
         root = per_token + math.sqrt(per_token * per_token + 2 * pair * seconds)
         return unseen if 2 * seconds >= root * unseen else int(2 * seconds / root)
@@ -97,13 +107,14 @@ class StepTimeModel:
         with_prompt = work.prompt_tokens > 0
         self._observed[with_prompt] += 1
         x = work.features()
-        expected = self._pace * _dot(self._costs, x)
+        expected = _dot(self._costs, x)
         if self._observed[with_prompt] > _FAMILIAR and expected > 0:
-            ratio = min(seconds / expected, _OUTLIER)
+            ratio = min(seconds / (self._pace * expected), _OUTLIER)
             self._pace *= 1 + _PACE * (ratio - 1)
-            if abs(ratio - 1) > _SURPRISE:
-                return
-        self._fit(x, seconds / self._pace)
+            surprise = seconds / (self._pace * expected)
+            self._fit(x, expected * min(max(surprise, 1 - _SURPRISE), 1 + _SURPRISE))
+        else:
+            self._fit(x, seconds / self._pace)
 
     def _fit(self, x: list[float], seconds: float) -> None:
         along = [_dot(row, x) for row in self._information]

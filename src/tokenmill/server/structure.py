@@ -55,12 +55,9 @@ class ForcedCalls:
             raise ApiError(f"tool_choice names {name!r:.60}, which is not among tools", param="tool_choice")
         self._name = name
         schemas = {function["name"]: function.get("parameters") or {"type": "object"} for function in functions}
-        schema: dict[str, Any] = {
-            "type": "array",
-            "minItems": 1,
-            "items": {"anyOf": [_call(*s) for s in schemas.items()]},
-        }
-        self.structure = _structured("tools", json=schema if name is None else schemas[name])
+        schema = _list_of(schemas) if name is None else schemas[name]
+        # Without white space between tokens: a model that has nothing to say may write it without end.
+        self.structure = _structured("tools", json=schema, disable_any_whitespace=True)
         self.calls: list[ToolCall] = []
         self._text = ""
 
@@ -85,6 +82,10 @@ class ForcedCalls:
         """Prose and calls of a whole output."""
         self.push(text)
         return self.flush()
+
+
+def _list_of(schemas: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "minItems": 1, "items": {"anyOf": [_call(*each) for each in schemas.items()]}}
 
 
 def _call(name: str, parameters: Any) -> dict[str, Any]:

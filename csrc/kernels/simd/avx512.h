@@ -1,0 +1,129 @@
+// simd.h on AVX-512 F, BW, DQ and VL, with VNNI or without: one register.
+#pragma once
+
+// Included by simd.h alone, which declares TM_INLINE, TM_ISA and the scalar conversions.
+namespace tokenmill::TM_ISA {
+
+struct F32x16 { __m512 v; };
+struct I32x16 { __m512i v; };
+struct U8x64 { __m512i v; };
+
+TM_INLINE F32x16 zero_f32() { return {_mm512_setzero_ps()}; }
+TM_INLINE F32x16 set1(float x) { return {_mm512_set1_ps(x)}; }
+TM_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+TM_INLINE void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x.v); }
+TM_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1U << n) - 1U); }
+// n in 0..16; the other lanes are zero and their memory is not touched.
+TM_INLINE F32x16 load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+TM_INLINE void store_first(float* p, F32x16 x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+// Lanes n.. of x replaced by `other`.
+TM_INLINE F32x16 keep_first(F32x16 x, int n, F32x16 other) { return {_mm512_mask_blend_ps(first_lanes(n), other.v, x.v)}; }
+TM_INLINE F32x16 add(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+TM_INLINE F32x16 sub(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+TM_INLINE F32x16 mul(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+TM_INLINE F32x16 div(F32x16 a, F32x16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+TM_INLINE F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// a > b ? a : b lane by lane; the second operand if either is NaN (all paths agree).
+TM_INLINE F32x16 max(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+TM_INLINE F32x16 min(F32x16 a, F32x16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+TM_INLINE F32x16 abs(F32x16 a) { return {_mm512_abs_ps(a.v)}; }
+TM_INLINE F32x16 sqrt(F32x16 a) { return {_mm512_sqrt_ps(a.v)}; }
+// a < b ? x : y lane by lane (false for NaN).
+TM_INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+TM_INLINE F32x16 round_even(F32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// Values must be whole and fit int32.
+TM_INLINE I32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
+TM_INLINE F32x16 to_f32(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+TM_INLINE F32x16 bits_as_f32(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+TM_INLINE I32x16 zero_i32() { return {_mm512_setzero_si512()}; }
+TM_INLINE I32x16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+TM_INLINE I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+TM_INLINE void store(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x.v); }
+TM_INLINE I32x16 add(I32x16 a, I32x16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+TM_INLINE I32x16 sub(I32x16 a, I32x16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+TM_INLINE I32x16 mul(I32x16 a, I32x16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+template <int kBits> TM_INLINE I32x16 shift_left(I32x16 a) { return {_mm512_slli_epi32(a.v, kBits)}; }
+TM_INLINE F32x16 load_f16(const uint16_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+TM_INLINE F32x16 load_bf16(const uint16_t* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+}
+TM_INLINE void store_f16(uint16_t* p, F32x16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+TM_INLINE I32x16 load_i8_as_i32(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+// Values must lie in -128..127.
+TM_INLINE void store_as_i8(int8_t* p, I32x16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
+// Bits of a, unchanged.
+TM_INLINE I32x16 bits_as_i32(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
+TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
+TM_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+TM_INLINE int32_t reduce_max(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
+TM_INLINE int32_t reduce_add(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+// 32 bytes -> lanes of two int16: lane r holds bytes 2r (low half) and 2r + 1.
+TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+// 32 16-bit elements: those at even places and those at odd places.
+TM_INLINE void load_bf16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  odd.v = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int32_t>(0xffff0000U))));
+}
+TM_INLINE void load_f16_pairs(const void* p, F32x16& even, F32x16& odd) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  const __m512i halves = _mm512_shuffle_epi8(_mm512_loadu_si512(p), order);
+  const __m512i sorted = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), halves);
+  even.v = _mm512_cvtph_ps(_mm512_castsi512_si256(sorted));
+  odd.v = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(sorted, 1));
+}
+
+TM_INLINE U8x64 load_u8x64(const void* p) { return {_mm512_loadu_si512(p)}; }
+TM_INLINE void store_u8x64(void* p, U8x64 x) { _mm512_storeu_si512(p, x.v); }
+TM_INLINE U8x64 set1_u8(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
+TM_INLINE U8x64 bit_and(U8x64 a, U8x64 b) { return {_mm512_and_si512(a.v, b.v)}; }
+TM_INLINE U8x64 bit_or(U8x64 a, U8x64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+TM_INLINE U8x64 bit_xor(U8x64 a, U8x64 b) { return {_mm512_xor_si512(a.v, b.v)}; }
+// Shifts of 16-bit units: bits cross byte borders, so mask afterwards.
+template <int kBits> TM_INLINE U8x64 shift_right_u16(U8x64 a) { return {_mm512_srli_epi16(a.v, kBits)}; }
+template <int kBits> TM_INLINE U8x64 shift_left_u16(U8x64 a) { return {_mm512_slli_epi16(a.v, kBits)}; }
+// table[index & 15] for every byte; indices must be below 16.
+TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
+}
+
+// acc[lane] += sum over i of w[4 lane + i] * a[i], exact. `quad` holds four int8 activations in -127..127.
+// kCodeBits says how many bits the unsigned codes use: up to 6 take the short way where there is no VNNI.
+template <int kCodeBits>
+TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
+  const __m512i a = _mm512_set1_epi32(quad);
+#if defined(TM_HAS_VNNI)
+  // As inline assembly: g++ 12 moves the intrinsic's accumulators to the stack when there are 16 and more of them.
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a));
+  return acc;
+#else
+  if constexpr (kCodeBits <= 6) {
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(w.v, a), _mm512_set1_epi16(1)))};
+  } else {  // 255 * 127 * 2 overflows int16: even and odd bytes apart
+    const __m512i w_even = _mm512_and_si512(w.v, _mm512_set1_epi16(0xff)), w_odd = _mm512_srli_epi16(w.v, 8);
+    const __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
+    acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(w_even, a_even));
+    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w_odd, a_odd))};
+  }
+#endif
+}
+
+// acc[lane] += w[2 lane] * a[0] + w[2 lane + 1] * a[1] on int16 pairs; exact where the sums fit int32.
+TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
+  const __m512i a = _mm512_set1_epi32(pair);
+#if defined(TM_HAS_VNNI)
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a));
+  return acc;
+#else
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, a))};
+#endif
+}
+
+TM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace tokenmill::TM_ISA
