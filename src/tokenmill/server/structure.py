@@ -26,16 +26,19 @@ def from_fields(value: Mapping[str, Any] | None, param: str = "structured_output
 
 
 def from_format(value: Mapping[str, Any] | None, param: str = "response_format") -> StructuredOutputs | None:
-    """OpenAI's response format, as chat completions nest it or as responses do; None for text. Raises ApiError."""
+    """OpenAI's response format, as chat completions nest it or as responses do; None for text. Raises ApiError.
+
+    The JSON has no white space between its tokens: a small model may otherwise write it without end.
+    """
     match value:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return _structured(param, json_object=True)
+            return _structured(param, json_object=True, disable_any_whitespace=True)
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return _structured(param, json=schema)
+            return _structured(param, json=schema, disable_any_whitespace=True)
         case {"type": "json_schema", "schema": dict(schema)}:
-            return _structured(param, json=schema)
+            return _structured(param, json=schema, disable_any_whitespace=True)
     raise unsupported(param, 'must be of type "text", "json_object", or "json_schema" with a schema')
 
 
