@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
@@ -13,12 +13,17 @@ VOCABULARY = 320
 
 
 def write_tiny_gguf(
-    path: Path, architecture: str = "llama", formats: Sequence[str] = ("Q4_K", "Q6_K"), layers: int = 2, seed: int = 0
+    path: Path,
+    architecture: str = "llama",
+    formats: Sequence[str] = ("Q4_K", "Q6_K"),
+    layers: int = 2,
+    seed: int = 0,
+    describe: Callable[[gguf.GGUFWriter], None] = lambda _: None,
 ) -> Path:
     """Writes a random llama, qwen2 or gemma3 model whose matrices cycle through ``formats``.
 
     Hidden size 256, four query heads and two KV heads of 64, window 48 on gemma3's local layers. Formats of 32 take
-    part with the same shapes, so every matrix fits every format.
+    part with the same shapes, so every matrix fits every format. ``describe`` may add metadata, such as a tokenizer.
     """
     rng = np.random.default_rng(seed)
     hidden, inner, heads, kv_heads, head_dim = 256, 512, 4, 2, 64
@@ -37,6 +42,7 @@ def write_tiny_gguf(
     writer.add_vocab_size(VOCABULARY)
     if architecture == "gemma3":
         writer.add_sliding_window(48)
+    describe(writer)
 
     used = 0
 

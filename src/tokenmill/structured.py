@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -26,7 +26,7 @@ class StructuredOutputs:
     """A JSON schema, as text or decoded."""
     regex: str | None = None
     """A regular expression in the syntax of Rust's regex crate that the whole output matches."""
-    choice: tuple[str, ...] | list[str] | None = None
+    choice: Sequence[str] | None = None
     """The output is one of these texts."""
     grammar: str | None = None
     """A context-free grammar in llguidance's dialect of Lark."""

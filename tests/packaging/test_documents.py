@@ -56,8 +56,8 @@ def test_every_page_can_be_reached_from_the_readme():
 
 def test_readme_has_the_two_commands():
     run, test = readme_commands()
-    assert "pip install . " in run
-    assert f"tokenmill generate {DEFAULT_MODEL} " in run
+    assert "pip install '.[server]'" in run
+    assert run.endswith(f"tokenmill serve {DEFAULT_MODEL}")
     assert "pip install '.[test]'" in test
     assert test.endswith("pytest")
 

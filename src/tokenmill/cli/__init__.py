@@ -21,6 +21,7 @@ from tokenmill.cli.eval import evaluate
 from tokenmill.cli.generate import generate
 from tokenmill.cli.list import list_models
 from tokenmill.cli.pull import pull_models
+from tokenmill.cli.serve import serve
 from tokenmill.cli.show import show
 from tokenmill.errors import TokenmillError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("pull")(pull_models)
 app.command("list")(list_models)
 app.command("show")(show)

@@ -56,7 +56,9 @@ def open_model(
     from tokenmill.sources import SilentProgress, TerminalProgress, resolve
 
     # Refuses what no model can have before one is fetched.
-    EngineConfig(model=model, memory=memory, max_model_len=max_model_len, threads=threads, backend=_backend(backend))
+    EngineConfig(
+        model=model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend_name(backend)
+    )
     path = resolve(model, SilentProgress() if quiet else TerminalProgress())
     started = time.perf_counter()
     from tokenmill.llm import LLM
@@ -64,7 +66,7 @@ def open_model(
     imported = time.perf_counter()
     if not quiet:
         say(f"loading {path}")
-    llm = LLM(path, memory=memory, max_model_len=max_model_len, threads=threads, backend=_backend(backend))
+    llm = LLM(path, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend_name(backend))
     if not quiet:
         laps = {"import the engine": imported - started, **llm.start_seconds}
         parts = ", ".join(f"{what} {seconds:.2f}" for what, seconds in laps.items() if seconds >= 0.01)
@@ -72,7 +74,8 @@ def open_model(
     return llm
 
 
-def _backend(name: str) -> Literal["native", "torch"]:
+def backend_name(name: str) -> Literal["native", "torch"]:
+    """The backend that ``--backend`` names. Raises UsageError."""
     if name == "native":
         return "native"
     if name == "torch":

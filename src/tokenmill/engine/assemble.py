@@ -32,6 +32,28 @@ _FIXED_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class ModelText:
+    """The side of a model that deals in text."""
+
+    tokenizer: Tokenizer
+    generation_defaults: Mapping[str, Any]
+    """Sampling parameters that the model's authors recommend."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedCore:
+    """A model ready to run, without a thread that runs it. ``seconds`` says where the start's time went."""
+
+    bound: BoundModel
+    text: ModelText
+    ledger: MemoryLedger
+    core: EngineCore
+    seconds: Mapping[str, float]
+    close: Callable[[], None]
+    """Frees everything; the core is then gone."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run. ``seconds`` says where the start's time went."""
 
@@ -83,6 +105,16 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
 
     Raises ModelFileError, UnsupportedModelError, MemoryLimitError and UsageError; nothing stays open then.
     """
+    loaded = load_core(config, path)
+    engine = Engine(loaded.core, on_close=loaded.close)
+    text = loaded.text
+    return LoadedModel(
+        path, loaded.bound, text.tokenizer, text.generation_defaults, loaded.ledger, engine, loaded.seconds
+    )
+
+
+def load_core(config: EngineConfig, path: Path) -> LoadedCore:
+    """Loads the checkpoint at ``path``, for a caller who runs the core. Raises as :func:`load_model` does."""
     clock = _Clock()
     open_parts: list[Callable[[], None]] = []
     _check_instruction_set()
@@ -93,9 +125,9 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, config.max_model_len, checkpoint.decode)
         _check_context(config, bound)
         clock.lap("read the model file")
-        tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
+        text = _text(config, checkpoint)
         clock.lap("load the tokenizer")
-        grammars = Grammars(tokenizer, bound.program.vocab_size)
+        grammars = Grammars(text.tokenizer, bound.program.vocab_size)
         open_parts.append(grammars.close)
         program = bound.program.with_kv_element(config.kv_element)
         ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
@@ -110,12 +142,28 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
             backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         open_parts.append(backend.close)
         ledger = actual.checked()
-        engine = Engine(core, on_close=lambda: _close_all(open_parts))
     except BaseException:
         _close_all(open_parts)
         raise
     clock.lap("prepare the kernels")
-    return LoadedModel(path, bound, tokenizer, dict(checkpoint.generation_defaults), ledger, engine, clock.seconds)
+    return LoadedCore(bound, text, ledger, core, clock.seconds, lambda: _close_all(open_parts))
+
+
+def load_text(config: EngineConfig, path: Path) -> ModelText:
+    """Tokenizer and defaults of the checkpoint at ``path``, for a process that does not run the model.
+
+    Raises ModelFileError and UnsupportedModelError.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        return _text(config, checkpoint)
+    finally:
+        checkpoint.close()
+
+
+def _text(config: EngineConfig, checkpoint: Checkpoint) -> ModelText:
+    tokenizer = load_tokenizer(checkpoint, _tokenizer_cache(config, checkpoint))
+    return ModelText(tokenizer, dict(checkpoint.generation_defaults))
 
 
 def _check_instruction_set() -> None:

@@ -21,6 +21,11 @@ class ChatTemplates:
         self._sources = dict(sources)
         self._special_tokens = dict(special_tokens)
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """What templates read as ``bos_token``, ``eos_token`` and so on."""
+        return self._special_tokens
+
     def names(self) -> list[str]:
         """The names of the model's templates, sorted."""
         return sorted(self._sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenmill.errors import TokenmillError, UsageError
@@ -140,6 +140,15 @@ class Tokenizer:
         """The source of the default chat template; ``None`` if the model has none."""
         return None if self._parts.chat_templates is None else self._parts.chat_templates.source()
 
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """This tokenizer with ``source`` as its only chat template."""
+        if self._parts.chat_templates is not None:
+            special = self._parts.chat_templates.special_tokens
+        else:
+            ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+            special = {name: self.token_bytes(token).decode() for name, token in ids.items() if token is not None}
+        return Tokenizer(replace(self._parts, chat_templates=ChatTemplates({"default": source}, special)))
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -170,7 +179,10 @@ class Tokenizer:
         """The prompt ids of a conversation. The tokens that belong before a text (BOS) are there exactly once,
         whether or not the template writes them; none are added at the end."""
         text = self.apply_chat_template(messages, tools, documents, add_generation_prompt, chat_template, **kwargs)
-        ids = self.encode(text, add_special=False)
+        return self.with_prefix(self.encode(text, add_special=False))
+
+    def with_prefix(self, ids: list[int]) -> list[int]:
+        """``ids`` with the tokens that belong before a text (BOS), unless they are there."""
         prefix = list(self._parts.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 

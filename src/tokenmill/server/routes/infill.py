@@ -1,0 +1,119 @@
+"""``POST /infill``: what belongs between two pieces of code, in llama.cpp's names (its editor plugins speak them)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Annotated, Any
+
+from fastapi import Request, Response
+from pydantic import Field
+
+from tokenmill.engine.outputs import CompletionOutput
+from tokenmill.server.errors import ApiError, unsupported
+from tokenmill.server.fill_in_middle import fill_in_middle
+from tokenmill.server.generation import Generation
+from tokenmill.server.requests import SamplingBody, StrictBody
+from tokenmill.server.routes.access import Record, Served, new_router
+from tokenmill.server.served import ServedModel
+from tokenmill.server.streams import KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+
+router = new_router()
+
+_FILE_MARKS = ("<|file_sep|>", "<file_sep>")
+
+
+class ExtraFile(StrictBody):
+    """Another file of the project, as context."""
+
+    text: str
+    filename: str = "tmp"
+
+
+class InfillBody(SamplingBody):
+    input_prefix: str
+    input_suffix: str
+    input_extra: Annotated[list[ExtraFile], Field(max_length=256)] | None = None
+    prompt: str | None = None
+    """Beginning of the middle, which the answer continues."""
+    n_predict: Annotated[int, Field(ge=-1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    repeat_penalty: float | None = None
+    cache_prompt: bool | None = None
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.n not in (None, 1):
+            raise unsupported("n", "must be 1 here")
+        for name in ("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "stream_options"):
+            if getattr(self, name):
+                raise unsupported(name, "is not for this route; leave it out")
+        if self.cache_prompt is False:
+            raise unsupported("cache_prompt", "cannot be switched off for one request (--no-prefix-caching)")
+        if self.n_predict == 0:
+            raise ApiError("n_predict is 0: nothing would be returned", param="n_predict")
+
+
+@router.post("/infill")
+async def infill(body: InfillBody, request: Request, served: Served, record: Record) -> Response:
+    """The text between ``input_prefix`` and ``input_suffix``."""
+    name = served.check_name(body.model)
+    body.refuse_unsupported()
+    extra = await _extra_files(served, body.input_extra or ())
+    ids = await fill_in_middle(served, body.input_prefix, body.input_suffix, "input_suffix", extra)
+    if body.prompt:
+        ids += await served.encode(body.prompt, add_special=False, parse_special=False)
+    prompt = served.check_prompt(ids, param="input_prefix")
+    most = body.max_tokens if body.n_predict in (None, -1) else body.n_predict
+    given = {**body.sampling(), "max_tokens": most}
+    if body.repeat_penalty is not None:
+        given["repetition_penalty"] = body.repeat_penalty
+    generation = served.generate([prompt], served.sampling_params(given), record)
+    if body.stream:
+        frames = _frames(generation, name, served.config.keep_alive_seconds)
+        return EventStreamResponse(generation, frames, served.metrics)
+    await finish_or_leave(request, generation, served.metrics)
+    (output,) = generation.outputs(0)
+    return json_response({"content": output.text, **_end(generation, output, name)})
+
+
+async def _frames(generation: Generation, name: str, idle: float) -> AsyncIterator[bytes]:
+    async for pieces in generation.pieces(idle):
+        if not pieces:
+            yield KEEP_ALIVE
+        for piece in pieces:
+            data: dict[str, Any] = {"content": piece.chunk.text, "tokens": piece.chunk.token_ids, "stop": False}
+            if piece.chunk.finish_reason is not None:
+                data |= _end(generation, generation.outputs(0)[0], name)
+            yield event(data)
+
+
+def _end(generation: Generation, output: CompletionOutput, name: str) -> dict[str, Any]:
+    if isinstance(output.stop_reason, str):
+        stop_type = "word"
+    else:
+        stop_type = "limit" if output.finish_reason == "length" else "eos"
+    return {
+        "stop": True,
+        "stop_type": stop_type,
+        "stopping_word": output.stop_reason if isinstance(output.stop_reason, str) else "",
+        "model": name,
+        "tokens_predicted": generation.output_tokens,
+        "tokens_evaluated": generation.prompt_tokens,
+        "tokens_cached": generation.record.cached_tokens,
+        "truncated": False,
+    }
+
+
+async def _extra_files(served: ServedModel, files: Sequence[ExtraFile]) -> list[int]:
+    """Other files before the one at hand, each after the model's mark for a file's beginning."""
+    if not files:
+        return []
+    marks = (served.tokenizer.encode(text, add_special=False) for text in _FILE_MARKS)
+    mark = next((ids for ids in marks if len(ids) == 1), None)
+    if mark is None:
+        raise unsupported("input_extra", f"needs a token that separates files, and {served.name} has none")
+    found: list[int] = []
+    for file in files:
+        text = f"{file.filename}\n{file.text}\n"
+        found += [*mark, *await served.encode(text, add_special=False, parse_special=False)]
+    return found
