@@ -10,6 +10,12 @@ import gguf
 import numpy as np
 
 VOCABULARY = 320
+CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"]
 
 
 def write_tiny_gguf(
@@ -112,3 +118,26 @@ def _blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     ]:
         raw[:, :, offset : offset + 2] = halves
     return raw.reshape(rows, -1)
+
+
+def write_speaking_model(path: Path) -> Path:
+    """A random model with a byte-level vocabulary: one token a byte, a few merges, control tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
+    merges = ["t h", "e r", "a n", "i n", "th e", "Ġ the"]
+    tokens = [*letters, *(merge.replace(" ", "") for merge in merges), *CONTROL]
+    filler = [f"<unused{n}>" for n in range(VOCABULARY - len(tokens))]
+    types = [1] * (len(tokens) - len(CONTROL)) + [3] * len(CONTROL) + [3] * len(filler)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list([*tokens, *filler])
+        writer.add_token_types(types)
+        writer.add_token_merges(merges)
+        writer.add_eos_token_id(tokens.index("<|im_end|>"))
+        writer.add_add_bos_token(False)
+        writer.add_chat_template(CHAT_TEMPLATE)
+
+    return write_tiny_gguf(path, describe=describe)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_gguf import write_tiny_gguf
+from tiny_gguf import write_speaking_model
 
 from tokenmill.engine.assemble import load_core
 from tokenmill.engine.config import EngineConfig
@@ -38,7 +38,7 @@ PROMPT = np.arange(1, 40, dtype=np.int32)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EngineConfig]:
     folder = tmp_path_factory.mktemp("tiny")
-    path = write_tiny_gguf(folder / "tiny.gguf")
+    path = write_speaking_model(folder / "tiny.gguf")
     return path, EngineConfig(model=path, max_model_len=2048, memory="400MB", cache_dir=folder / "cache", threads=1)
 
 

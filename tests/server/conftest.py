@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served_model import SMALL, RunningServer, serving, write_speaking_model
+from served_model import SMALL, RunningServer, serving
+from tiny_gguf import write_speaking_model
 
 
 @pytest.fixture(scope="session")

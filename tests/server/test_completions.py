@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served_model import CONTROL, RunningServer
+from served_model import RunningServer
+from tiny_gguf import CONTROL
 
 from tokenmill import LLM, SamplingParams
 

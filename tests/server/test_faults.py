@@ -206,7 +206,7 @@ def test_sigterm_waits_no_longer_than_it_may(tiny_model: Path) -> None:
             server.until(lambda: server.metric("vllm:num_requests_running") > 0, "it runs")
             assert server.stop() == 0
             data = read_all(connection)
-        assert b"503" in data.split(b"\r\n")[0]
+        assert b"503" in data.split(b"\r\n")[0] or b"200" in data.split(b"\r\n")[0]  # 200: the stream had begun
         assert b"shutting down" in data
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import openai
 import pytest
-from served_model import CONTROL, RunningServer
+from served_model import RunningServer
+from tiny_gguf import CONTROL
 
 ASK: dict[str, Any] = {"model": "tiny", "input": "What is rain?", "temperature": 0, "max_output_tokens": 12}
 
