@@ -7,90 +7,26 @@
 // limits move while one looks. Medians over the samples; in parentheses the best sample over the best limit. Matrices are rotated so that weights come from memory.
 // TOKENMILL_ISA selects the instruction-set path.
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <string>
 #include <vector>
 
 #include "kernels/linear.h"
-#include "kernels/roofline.h"
+#include "limits.h"
 #include "platform/isa.h"
-#include "platform/thread_pool.h"
 
 using namespace tokenmill;
+using namespace tokenmill::limits;
 
 namespace {
 
 constexpr int kSamples = 25;
 constexpr size_t kRotatedBytes = size_t{192} << 20;
-constexpr size_t kReadBytes = size_t{96} << 20;
 constexpr double kSampleSeconds = 0.01;
 
 constexpr const char* kNames[kWeightFormatCount] = {"f32",  "f16",  "bf16",   "q4_0", "q4_1", "q5_0", "q5_1",
                                                     "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"};
-
-struct AlignedFree {
-  void operator()(void* p) const { std::free(p); }
-};
-using AlignedBytes = std::unique_ptr<uint8_t[], AlignedFree>;
-
-AlignedBytes aligned_bytes(size_t bytes) {
-  AlignedBytes data(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 8191) / 64 * 64)));
-  // Every fp16 and fp32 among these bytes is a small normal number.
-  uint32_t state = 1;
-  for (size_t i = 0; i < bytes + 4096; ++i) data[i] = static_cast<uint8_t>(0x20 | ((state = state * 1664525 + 1013904223) >> 28));
-  return data;
-}
-
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<ptrdiff_t>(values.size() / 2), values.end());
-  return values[values.size() / 2];
-}
-
-struct Limits {
-  double bytes, operations;  // per second
-};
-
-class Machine {
- public:
-  Machine(ThreadPool& pool, bool integer) : pool_(pool), integer_(integer), data_(aligned_bytes(kReadBytes)) {
-    while (timed_operations() < 0.003) iterations_ *= 2;
-  }
-
-  Limits measure() {
-    const size_t each = kReadBytes / static_cast<size_t>(pool_.size()) / 1024 * 1024;
-    const double start = now();
-    pool_.run([&](int index, int) { sink_ = roofline_kernels().read(data_.get() + static_cast<size_t>(index) * each, each); });
-    const double read = now() - start;
-    const int64_t each_operations = integer_ ? roofline_kernels().int8_operations : roofline_kernels().f32_operations;
-    const double operations = static_cast<double>(each_operations * iterations_) * pool_.size();
-    return {static_cast<double>(each) * pool_.size() / read, operations / timed_operations()};
-  }
-
- private:
-  double timed_operations() {
-    const double start = now();
-    pool_.run([&](int, int) {
-      if (integer_) {
-        sink_ = roofline_kernels().dot_int8(iterations_);
-      } else {
-        sink_ = static_cast<int32_t>(roofline_kernels().fma_f32(iterations_));
-      }
-    });
-    return now() - start;
-  }
-
-  ThreadPool& pool_;
-  bool integer_;
-  AlignedBytes data_;
-  int64_t iterations_ = 1000;
-  volatile int32_t sink_ = 0;
-};
 
 void bench(WeightFormat format, int32_t n, int32_t k, int32_t rows, ThreadPool& pool, Machine& machine, const uint8_t* weights) {
   const ActivationFormat activation = activation_format(format);

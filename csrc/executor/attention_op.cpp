@@ -9,6 +9,8 @@ namespace {
 constexpr int64_t kItemsPerThread = 4;
 // Multiply-adds below which a fork costs more than it saves: about 2 us.
 constexpr int64_t kSerialWork = 1 << 15;
+// Rows of a register tile.
+constexpr int32_t kRowUnit = 8;
 
 int32_t spans_of(int32_t slots) { return (slots + kSpanTokens - 1) / kSpanTokens; }
 
@@ -19,8 +21,9 @@ AttentionSchedule::AttentionSchedule(const Geometry& geometry, const StepLimits&
   const int64_t group = geometry.heads / geometry.kv_heads;
   const size_t most_blocks =
       static_cast<size_t>(geometry.kv_heads * (limits.tokens * group / kQueryRows + limits.sequences + 1));
-  blocks_.reserve(most_blocks);
-  items_.reserve(most_blocks + static_cast<size_t>(2 * kItemsPerThread * threads));
+  const size_t most_cuts = static_cast<size_t>(threads) * static_cast<size_t>(threads);
+  blocks_.reserve(most_blocks + most_cuts);
+  items_.reserve(most_blocks + most_cuts + static_cast<size_t>(2 * kItemsPerThread * threads));
   if (threads > 1) {
     // Enough to split one row each of as many long sequences as it takes to keep the threads busy.
     const int64_t sequences = std::min<int64_t>(limits.sequences, threads);
@@ -57,12 +60,14 @@ void AttentionSchedule::build(const StepPlan& plan) {
   const int32_t chunk = too_few ? static_cast<int32_t>((spans + wanted - 1) / wanted) : 0;
   const int64_t capacity = static_cast<int64_t>(records_.bytes() / sizeof(float));
   int64_t used = 0;
+  whole_.clear();
   for (size_t i = 0; i < blocks_.size(); ++i) {
     Block& block = blocks_[i];
     const int32_t count = block.span_end - block.span_begin;
     const int64_t floats = static_cast<int64_t>(count) * (block.row_end - block.row_begin) *
                            attention_record_floats(geometry_.head_dim);
     if (!too_few || count <= chunk || used + floats > capacity) {
+      if (too_few && count > chunk) whole_.push_back(static_cast<int32_t>(items_.size()));
       items_.push_back({static_cast<int32_t>(i), block.span_begin, block.span_end});
       continue;
     }
@@ -71,6 +76,27 @@ void AttentionSchedule::build(const StepPlan& plan) {
     used += floats;
     for (int32_t span = block.span_begin; span < block.span_end; span += chunk) {
       items_.push_back({static_cast<int32_t>(i), span, std::min(span + chunk, block.span_end)});
+    }
+  }
+  if (too_few) share_out_rest();
+}
+
+// Long blocks that cannot be split by spans, and are no multiple of the threads: the last ones are cut by rows, so that
+// every thread gets as much. Cutting all of them would make the threads convert the same keys and values again.
+void AttentionSchedule::share_out_rest() {
+  const size_t rest = whole_.size() % static_cast<size_t>(threads_);
+  for (size_t i = whole_.size() - rest; i < whole_.size(); ++i) {
+    const size_t index = static_cast<size_t>(items_[static_cast<size_t>(whole_[i])].block);
+    const Block whole = blocks_[index];
+    const int32_t wanted = (whole.row_end - whole.row_begin + threads_ - 1) / threads_;
+    const int32_t part = (wanted + kRowUnit - 1) / kRowUnit * kRowUnit;
+    blocks_[index].row_end = std::min(whole.row_begin + part, whole.row_end);
+    for (int32_t row = whole.row_begin + part; row < whole.row_end; row += part) {
+      Block cut = whole;
+      cut.row_begin = row;
+      cut.row_end = std::min(row + part, whole.row_end);
+      items_.push_back({static_cast<int32_t>(blocks_.size()), cut.span_begin, cut.span_end});
+      blocks_.push_back(cut);
     }
   }
 }

@@ -44,10 +44,13 @@ class AttentionSchedule {
   size_t bytes() const { return records_.bytes(); }
 
  private:
+  void share_out_rest();
+
   Geometry geometry_;
   int threads_;
   std::vector<Block> blocks_;
   std::vector<Item> items_;
+  std::vector<int32_t> whole_;  // items that are long blocks, of steps with few blocks
   Mapping records_;
   bool split_ = false, serial_ = false;
 };

@@ -186,6 +186,15 @@ void Executor::prepare() {
   const int64_t table = static_cast<int64_t>(limits_.context + kPageTokens - 1) / kPageTokens;
   live_plan_.reserve(static_cast<size_t>(16 + int64_t{3} * limits_.tokens + limits_.sequences + limits_.sampled +
                                          cache_.groups() * limits_.sequences * table));
+  for (const auto& op : ops_) reads_.push_back(op->first_reads(pool_.size()));
+  ahead_.assign(ops_.size(), nullptr);
+  // Backwards and twice around: after the last weights come the next step's first.
+  const ThreadPool::Stretch* next = nullptr;
+  for (size_t i = 2 * ops_.size(); i-- > 0;) {
+    const size_t op = i % ops_.size();
+    ahead_[op] = next;
+    if (!reads_[op].empty()) next = reads_[op].data();
+  }
   prepared_ = true;
 }
 
@@ -206,6 +215,11 @@ void Executor::start(const StepContext& context) {
   for (const auto& schedule : schedules_) schedule->build(context.plan);
 }
 
+void Executor::run_op(const StepContext& context, int32_t index) {
+  pool_.read_ahead(ahead_[static_cast<size_t>(index)]);
+  ops_[static_cast<size_t>(index)]->run(context);
+}
+
 void Executor::run(std::span<const int32_t> words, int32_t first, int32_t last) {
   const std::lock_guard<std::mutex> lock(running_);
   const StepPlan plan = read(words);
@@ -219,7 +233,7 @@ void Executor::run(std::span<const int32_t> words, int32_t first, int32_t last) 
   const FloatEnvironment environment;  // for what the caller runs alone
   const StepContext step = context(plan);
   start(step);
-  for (int32_t i = first; i < last; ++i) ops_[static_cast<size_t>(i)]->run(step);
+  for (int32_t i = first; i < last; ++i) run_op(step, i);
 }
 
 std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
@@ -239,8 +253,8 @@ std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
   const StepContext step = context(plan);
   start(step);
   lap();
-  for (const auto& op : ops_) {
-    op->run(step);
+  for (int32_t i = 0; i < op_count(); ++i) {
+    run_op(step, i);
     lap();
   }
   return seconds;

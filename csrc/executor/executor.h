@@ -90,6 +90,7 @@ class Executor {
   StepContext context(const StepPlan& plan);
   StepPlan read(std::span<const int32_t> plan) const;
   void start(const StepContext& context);
+  void run_op(const StepContext& context, int32_t index);
 
   StepLimits limits_;
   int32_t vocab_size_;
@@ -101,6 +102,8 @@ class Executor {
   std::vector<std::unique_ptr<AttentionSchedule>> schedules_;
   bool prepared_ = false;
   std::vector<PageBounds> page_bounds_;
+  std::vector<std::vector<ThreadPool::Stretch>> reads_;  // of each op that reads weights, by thread
+  std::vector<const ThreadPool::Stretch*> ahead_;        // by op: what is read next after it
   std::vector<int32_t> live_plan_;  // whose values the arena holds
   Mapping arena_, thread_scratch_, spare_rows_;
   size_t thread_scratch_bytes_ = 0;

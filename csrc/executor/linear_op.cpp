@@ -12,6 +12,8 @@ constexpr int32_t kChunksPerThread = 4;
 constexpr int32_t kBlocksPerTile = 3;
 constexpr int32_t kMostBlocksPerChunk = 20 * kBlocksPerTile;
 constexpr int32_t kSerialBlocks = 2;
+// A quarter of a usual second-level cache: the reader shares it with what it works on now.
+constexpr size_t kMostReadAhead = size_t{256} << 10;
 
 int32_t row_blocks(const LinearPart& part) { return (part.weight.n + kBlockRows - 1) / kBlockRows; }
 
@@ -39,35 +41,60 @@ std::vector<Value> LinearGroupOp::results() const {
   return values;
 }
 
+int32_t LinearGroupOp::row_blocks() const {
+  int32_t blocks = 0;
+  for (const LinearPart& part : parts_) blocks += tokenmill::row_blocks(part);
+  return blocks;
+}
+
+int32_t LinearGroupOp::chunk_blocks(int threads) const {
+  const int32_t wanted = row_blocks() / (threads * kChunksPerThread);
+  return std::clamp((wanted + kBlocksPerTile - 1) / kBlocksPerTile * kBlocksPerTile, kBlocksPerTile, kMostBlocksPerChunk);
+}
+
+std::vector<ThreadPool::Stretch> LinearGroupOp::first_reads(int threads) const {
+  std::vector<ThreadPool::Stretch> reads;
+  const int32_t chunk = chunk_blocks(threads);
+  for (const LinearPart& part : parts_) {
+    const PackedWeight& weight = part.weight;
+    const size_t block_bytes = row_block_bytes(weight.format, weight.k);
+    for (int32_t begin = 0; begin < tokenmill::row_blocks(part) && static_cast<int>(reads.size()) < threads; begin += chunk) {
+      const int32_t blocks = std::min(chunk, tokenmill::row_blocks(part) - begin);
+      reads.push_back({weight.data + static_cast<size_t>(begin) * block_bytes,
+                       std::min(static_cast<size_t>(blocks) * block_bytes, kMostReadAhead) / 64 * 64});
+    }
+  }
+  reads.resize(static_cast<size_t>(threads));
+  return reads;
+}
+
 void LinearGroupOp::run(const StepContext& context) const {
   if (context.rows(parts_.front().out) == 0) return;
   const LinearKernels& kernels = linear_kernels();
-  int32_t blocks = 0;
-  for (const LinearPart& part : parts_) blocks += row_blocks(part);
-  if (blocks <= kSerialBlocks || context.pool.size() == 1) {
+  if (row_blocks() <= kSerialBlocks || context.pool.size() == 1) {
     for (const LinearPart& part : parts_) {
-      kernels.linear(arguments_of(context, part), 0, row_blocks(part), context.scratch(0));
+      kernels.linear(arguments_of(context, part), 0, tokenmill::row_blocks(part), context.scratch(0));
     }
     return;
   }
-  const int32_t wanted = blocks / (context.pool.size() * kChunksPerThread);
-  const int32_t chunk = std::clamp((wanted + kBlocksPerTile - 1) / kBlocksPerTile * kBlocksPerTile, kBlocksPerTile, kMostBlocksPerChunk);
-  std::atomic<int32_t> next{0};
-  context.pool.run([&](int index, int) {
-    int32_t mine = next.fetch_add(1, std::memory_order_relaxed);
+  const int32_t chunk = chunk_blocks(context.pool.size());
+  std::atomic<int32_t> taken{0};  // beyond the first chunk of each thread, which is the one that it has read ahead
+  context.pool.run([&](int index, int count) {
+    const auto take = [&] { return count + taken.fetch_add(1, std::memory_order_relaxed); };
+    int32_t mine = index;
     int32_t first = 0;  // chunks of the parts before
     for (const LinearPart& part : parts_) {
-      const int32_t count = (row_blocks(part) + chunk - 1) / chunk;
-      if (mine >= first + count) {
-        first += count;
+      const int32_t chunks = (tokenmill::row_blocks(part) + chunk - 1) / chunk;
+      if (mine >= first + chunks) {
+        first += chunks;
         continue;
       }
       const LinearArguments arguments = arguments_of(context, part);
-      for (; mine < first + count; mine = next.fetch_add(1, std::memory_order_relaxed)) {
+      for (; mine < first + chunks; mine = take()) {
         const int32_t begin = (mine - first) * chunk;
-        kernels.linear(arguments, begin, std::min(begin + chunk, row_blocks(part)), context.scratch(index));
+        kernels.linear(arguments, begin, std::min(begin + chunk, tokenmill::row_blocks(part)), context.scratch(index));
       }
-      first += count;
+      first += chunks;
     }
   });
 }

@@ -23,8 +23,12 @@ class LinearGroupOp final : public Op {
   void run(const StepContext& context) const override;
   size_t scratch_bytes() const override { return linear_scratch_bytes(); }
   std::vector<Value> results() const override;
+  std::vector<ThreadPool::Stretch> first_reads(int threads) const override;
 
  private:
+  int32_t row_blocks() const;
+  int32_t chunk_blocks(int threads) const;
+
   std::vector<LinearPart> parts_;
 };
 

@@ -58,6 +58,8 @@ class Op {
   virtual size_t scratch_bytes() const { return 0; }
   // Floats that run() uses of the context's spare rows, for `tokens` rows.
   virtual size_t spare_floats([[maybe_unused]] int32_t tokens) const { return 0; }
+  // The weights that each of `threads` threads reads first, [threads], or nothing.
+  virtual std::vector<ThreadPool::Stretch> first_reads([[maybe_unused]] int threads) const { return {}; }
   // fp32 values that run() assigns.
   virtual std::vector<Value> results() const = 0;
 };

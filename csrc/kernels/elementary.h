@@ -5,16 +5,13 @@
 
 namespace tokenmill::TM_ISA {
 
-// e^x with a relative error below 1e-6 for results above 2^-126, 0 below; infinity above 2^127.5; NaN gives NaN.
+// e^x with a relative error below 1e-6, 0 below 2^-126, NaN for NaN; x above 88.25 counts as 88.25, e^x = 2.1e38.
 // x log2(e) is carried in two floats: rounding it once would cost 5e-6 at x = -80.
 TM_INLINE F32x16 exp(F32x16 x) {
-  const F32x16 log2e_high = set1(1.44269502162933349609375f), log2e_low = set1(1.92596299112661746887e-8f);
-  const F32x16 bounded = min(set1(100.0f), max(set1(-100.0f), x));  // operand order: NaN passes through
-  const F32x16 high = mul(bounded, log2e_high);
-  const F32x16 low = fma(bounded, log2e_low, fma(bounded, log2e_high, sub(zero_f32(), high)));
-  const F32x16 power = exp2(high);
-  // At infinity the correction would be inf - inf.
-  return select_less(power, set1(0x1.fp127f), fma(power, mul(low, set1(0.693147182464599609375f)), power), power);
+  const F32x16 bounded = min(set1(88.25f), x);  // operand order: NaN passes through
+  const F32x16 n = round_even(mul(bounded, set1(1.44269502162933349609375f)));
+  const F32x16 f = fma(bounded, set1(1.44269502162933349609375f), sub(zero_f32(), n));
+  return exp2_parts(n, fma(bounded, set1(1.92596299112661746887e-8f), f), x, -87.336544f);
 }
 
 // Upper tail of the normal distribution, erfc(x / sqrt(2)) / 2, for x >= 0; relative error below 1e-6 down to 2^-126.

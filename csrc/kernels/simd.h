@@ -122,12 +122,9 @@ TM_INLINE float reduce_max(F32x16 x) {
   return v[0];
 }
 
-// 2^x: round to n, degree-6 Horner on x - n in [-0.5, 0.5] (relative error below 2e-7), scaled by 2^n in the exponent.
-// Below -126 the result is 0; x must not exceed 127 (above, the result is infinity); NaN gives NaN.
-TM_INLINE F32x16 exp2(F32x16 x) {
-  const F32x16 clamped = min(set1(128.0f), max(set1(-127.0f), x));  // operand order: NaN passes through
-  const F32x16 n = round_even(clamped);
-  const F32x16 f = sub(clamped, n);
+// 2^(n + f) for whole n and f in [-0.5, 0.5]: degree-6 Horner (relative error below 2e-7), scaled in the exponent. 0 where
+// x, which is n + f to within rounding, is below `least` >= -126. NaN in f or n and not in x gives 0, NaN in x gives NaN.
+TM_INLINE F32x16 exp2_parts(F32x16 n, F32x16 f, F32x16 x, float least) {
   F32x16 p = set1(1.5403530393381608e-4f);
   p = fma(p, f, set1(1.3333558146428443e-3f));
   p = fma(p, f, set1(9.6181291076284772e-3f));
@@ -135,10 +132,13 @@ TM_INLINE F32x16 exp2(F32x16 x) {
   p = fma(p, f, set1(2.4022650695910072e-1f));
   p = fma(p, f, set1(6.9314718055994531e-1f));
   p = fma(p, f, set1(1.0f));
-  // NaN lanes: the integer conversion is undefined in C for the portable path, so it sees 0 and `p` stays NaN.
-  const F32x16 whole = select_less(n, set1(256.0f), n, zero_f32());
-  const F32x16 scale = bits_as_f32(shift_left<23>(add(to_i32(whole), set1_i32(127))));
-  return select_less(x, set1(-126.0f), zero_f32(), mul(p, scale));
+  return select_less(x, set1(least), zero_f32(), scale_by_power(p, n));
+}
+
+// 2^x for x below 127.5, 0 below -126, NaN for NaN.
+TM_INLINE F32x16 exp2(F32x16 x) {
+  const F32x16 n = round_even(x);
+  return exp2_parts(n, sub(x, n), x, -126.0f);
 }
 
 }  // namespace tokenmill::TM_ISA

@@ -34,18 +34,18 @@ inline void cpu_relax() {
 #endif
 }
 
-// Spins until done() or the time is up; returns done().
-template <class Done>
-bool spin(Clock::duration limit, const Done& done) {
+// Spins until done() or the time is up, with wait() in between; returns done().
+template <class Done, class Wait>
+bool spin(Clock::duration limit, const Done& done, const Wait& wait) {
   for (int i = 0; i < kPausesPerLook; ++i) {
     if (done()) return true;
-    cpu_relax();
+    wait();
   }
   const Clock::time_point end = Clock::now() + limit;
   do {
     for (int i = 0; i < kPausesPerLook; ++i) {
       if (done()) return true;
-      cpu_relax();
+      wait();
     }
   } while (Clock::now() < end);
   return done();
@@ -187,6 +187,21 @@ void ThreadPool::make_way(int cpu) {
   pinned_ = pin(static_cast<size_t>(taken - worker_cpus_.begin())) && pinned_;
 }
 
+void ThreadPool::Reader::follow(const Stretch* stretches, int index) {
+  if (stretches == named) return;
+  named = stretches;
+  at = end = nullptr;
+  if (stretches == nullptr) return;
+  at = stretches[index].begin;
+  end = at + stretches[index].bytes;
+}
+
+void ThreadPool::Reader::wait() {
+  if (at == end) return cpu_relax();
+  constexpr int kLines = 4;  // few, so that a fork is seen soon
+  for (int line = 0; line < kLines && at != end; ++line, at += 64) __builtin_prefetch(at, 0, 2);  // second-level cache
+}
+
 void ThreadPool::run_raw(RawJob job, const void* context) {
   const FloatEnvironment environment;
   if (size_ == 1 || forks.load(std::memory_order_relaxed) != birth_) {
@@ -212,7 +227,8 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
   }
   if (remaining_.fetch_sub(taken, std::memory_order_acq_rel) == taken) return;
   const auto joined = [this] { return remaining_.load(std::memory_order_acquire) == 0; };
-  if (spin(kCallerSpin, joined)) return;
+  caller_reader_.follow(ahead_, 0);
+  if (spin(kCallerSpin, joined, [this] { caller_reader_.wait(); })) return;
   for (uint32_t left; (left = remaining_.load(std::memory_order_acquire)) != 0;) {
     remaining_.wait(left, std::memory_order_acquire);
   }
@@ -221,9 +237,11 @@ void ThreadPool::run_raw(RawJob job, const void* context) {
 void ThreadPool::worker(int index) {
   const FloatEnvironment environment;
   Share& share = shares_[static_cast<size_t>(index)];
+  Reader reader;
+  const auto wait = [&] { reader.wait(); };
   for (uint32_t seen = 0;;) {
     const auto called = [&] { return generation_.load(std::memory_order_acquire) != seen; };
-    while (!spin(kWorkerSpin, called)) {
+    while (!spin(kWorkerSpin, called, wait)) {
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
       generation_.wait(seen, std::memory_order_seq_cst);
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
@@ -232,7 +250,9 @@ void ThreadPool::worker(int index) {
     // Once the share is claimed the caller waits for it, so that job and context belong to this generation.
     seen = generation_.load(std::memory_order_acquire);
     if (!share.claim(seen)) continue;
+    const Stretch* ahead = ahead_;
     job_(context_, index, size_);
+    reader.follow(ahead, index);
     // The caller may be waiting in the kernel; notify_one is a load and a branch when nobody is.
     if (remaining_.fetch_sub(1, std::memory_order_acq_rel) == 1) remaining_.notify_one();
   }

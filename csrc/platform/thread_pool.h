@@ -12,6 +12,9 @@
 // worker's CPU, that worker moves to the one left free: the kernel does not move a running thread away from a worker
 // that mostly sleeps, and the pool would run on one CPU for good.
 //
+// Reading ahead: the pool can be told what each thread will read next, and threads that wait bring it into their caches.
+// Waiting is most of what a worker does while the caller normalizes one row or the others finish their shares.
+//
 // After fork() the child's copy of a pool has no workers. It stays usable: every job then runs on the caller alone,
 // as job(0, 1).
 #pragma once
@@ -54,6 +57,15 @@ class ThreadPool {
     run_raw([](const void* context, int index, int count) { (*static_cast<const Job*>(context))(index, count); }, &job);
   }
 
+  // Memory that a thread will read soon; bytes is a multiple of 64.
+  struct Stretch {
+    const uint8_t* begin = nullptr;
+    size_t bytes = 0;
+  };
+  // From the next fork on, threads that wait bring `stretches[index]` into their caches instead of pausing, each stretch
+  // once, until another array is named or null. The array must stay as it is while it is named.
+  void read_ahead(const Stretch* stretches) { ahead_ = stretches; }
+
   // [begin, end) of `items` that thread `index` of `count` owns; contiguous and in order.
   static std::pair<int64_t, int64_t> share(int64_t items, int index, int count) {
     return {items * index / count, items * (index + 1) / count};
@@ -74,6 +86,16 @@ class ThreadPool {
   const int birth_;  // forks of this process's ancestors when the pool was made
   RawJob job_ = nullptr;
   const void* context_ = nullptr;
+  const Stretch* ahead_ = nullptr;
+  // How far a thread has come with its stretch.
+  struct Reader {
+    const Stretch* named = nullptr;
+    const uint8_t* at = nullptr;
+    const uint8_t* end = nullptr;
+    void follow(const Stretch* stretches, int index);
+    void wait();  // reads a few lines, or pauses if there is nothing left to read
+  };
+  Reader caller_reader_;
   // The last generation whose share of worker `index` was claimed; one behind generation_ while it waits for a taker.
   struct alignas(64) Share {
     std::atomic<uint32_t> claimed{0};

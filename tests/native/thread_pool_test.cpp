@@ -24,6 +24,23 @@ void forks(Checks& checks, int threads, int count, std::chrono::microseconds pau
   checks.expect(complete, std::to_string(count) + " forks of " + std::to_string(threads) + " threads");
 }
 
+// Reading ahead changes nothing but what waiting threads do, wherever the stretches lie and however they alternate.
+void reads_ahead(Checks& checks, int threads) {
+  ThreadPool pool(threads);
+  const std::vector<uint8_t> memory(1 << 20);
+  const std::vector<ThreadPool::Stretch> all(static_cast<size_t>(threads), {memory.data(), memory.size()});
+  const std::vector<ThreadPool::Stretch> nothing(static_cast<size_t>(threads));
+  const ThreadPool::Stretch* const named[] = {all.data(), nothing.data(), nullptr};
+  std::vector<int> runs(static_cast<size_t>(threads));
+  for (int fork = 0; fork < 3000; ++fork) {
+    pool.read_ahead(named[fork / 2 % 3]);
+    pool.run([&](int index, int) { ++runs[static_cast<size_t>(index)]; });
+  }
+  bool complete = true;
+  for (int value : runs) complete = complete && value == 3000;
+  checks.expect(complete, "forks of " + std::to_string(threads) + " threads that read ahead");
+}
+
 // A caller that the kernel has put on a worker's CPU must not stay alone there: the worker makes way.
 void avoids_the_caller(Checks& checks) {
   ThreadPool pool(0);
@@ -58,6 +75,7 @@ int main() {
   Checks checks;
   for (int threads : {1, 2, 3, 5}) {
     forks(checks, threads, 5000, std::chrono::microseconds(0));
+    reads_ahead(checks, threads);
     forks(checks, threads, 50, std::chrono::microseconds(200));  // past the workers' spin: they sleep
     forks(checks, threads, 200, std::chrono::microseconds(45));  // about when they fall asleep
   }

@@ -125,10 +125,12 @@ void normalize(float* scores, int32_t begin, int32_t end, float softcap, float* 
   const int32_t first = begin / kLanes * kLanes;
   for (int32_t i = first; i < end; i += kLanes) {
     F32x16 s = load(scores + i);
-    if (softcap > 0.0f) s = mul(mul(set1(softcap), tanh(div(s, set1(softcap)))), set1(kLog2e));
-    if (i < begin) s = keep_first(nothing, begin - i, s);
-    if (end - i < kLanes) s = keep_first(s, end - i, nothing);
-    store(scores + i, s);
+    if (softcap > 0.0f || i < begin || end - i < kLanes) {
+      if (softcap > 0.0f) s = mul(mul(set1(softcap), tanh(div(s, set1(softcap)))), set1(kLog2e));
+      if (i < begin) s = keep_first(nothing, begin - i, s);
+      if (end - i < kLanes) s = keep_first(s, end - i, nothing);
+      store(scores + i, s);
+    }
     highest = max(highest, s);
   }
   const float m = reduce_max(highest);
@@ -230,14 +232,32 @@ TM_INLINE void write_output(const float* record, int32_t head_dim, float* out) {
   }
 }
 
-// The rows of one block and where each looks.
+// Where the rows of one block look; counted from the block's first row. A row is one head of a token, so that slots
+// ascend with the row, `group` rows a slot.
 struct Rows {
-  int32_t group, first_slot, window;
-  TM_INLINE int32_t slot(int32_t row) const { return first_slot + row / group; }
-  TM_INLINE int32_t first(int32_t row) const { return first_visible_slot(slot(row), window); }
+  int32_t group, window, count;
+  int32_t start;  // rows of the sequence before this block, those of earlier steps included; slot s begins at s * group - start
+  int32_t slots[kQueryRows], firsts[kQueryRows];
+
+  Rows(int32_t group_, int32_t window_, const AttentionBlock& block)
+      : group(group_), window(window_), count(block.row_end - block.row_begin), start(block.first_slot * group_ + block.row_begin) {
+    for (int32_t r = 0, slot = start / group, head = start % group; r < count; ++r) {
+      slots[r] = slot;
+      firsts[r] = first_visible_slot(slot, window);
+      if (++head == group) {
+        head = 0;
+        ++slot;
+      }
+    }
+  }
   // Slots of [begin, end) that the row sees.
-  TM_INLINE int32_t clip_first(int32_t row, int32_t begin) const { return most(first(row), begin); }
-  TM_INLINE int32_t clip_last(int32_t row, int32_t end) const { return least(slot(row) + 1, end); }
+  TM_INLINE int32_t clip_first(int32_t row, int32_t begin) const { return most(firsts[row], begin); }
+  TM_INLINE int32_t clip_last(int32_t row, int32_t end) const { return least(slots[row] + 1, end); }
+  // The rows that see any slot of [from, to): their slots lie in [from, to + window - 1).
+  void that_see(int32_t from, int32_t to, int32_t* begin, int32_t* end) const {
+    *begin = most(0, least(count, from * group - start));
+    *end = window == 0 ? count : most(*begin, least(count, (to + window - 1) * group - start));
+  }
 };
 
 template <class Source>
@@ -250,7 +270,7 @@ struct BlockRun {
   float *q, *scores, *spans, *running, *key_page, *value_page;
 
   BlockRun(const AttentionArguments& a, const AttentionBlock& b, uint8_t* scratch)
-      : arguments(a), block(b), rows{a.group, b.first_slot, a.window}, count(b.row_end - b.row_begin),
+      : arguments(a), block(b), rows(a.group, a.window, b), count(b.row_end - b.row_begin),
         width(padded(a.head_dim)), record(attention_record_floats(a.head_dim)) {
     q = reinterpret_cast<float*>(scratch);
     scores = q + kQueryRows * width;
@@ -277,18 +297,9 @@ struct BlockRun {
     }
   }
 
-  // Block-relative rows [begin, end) that see any slot of [from, to). Slots and windows ascend with the row.
-  void rows_that_see(int32_t from, int32_t to, int32_t* begin, int32_t* end) const {
-    int32_t b = 0, e = count;
-    while (b < e && rows.slot(block.row_begin + b) < from) ++b;
-    while (e > b && rows.first(block.row_begin + e - 1) >= to) --e;
-    *begin = b;
-    *end = e;
-  }
-
   void score_page(int32_t span, int32_t slot) {
     int32_t begin, end;
-    rows_that_see(slot, slot + kPageTokens, &begin, &end);
+    rows.that_see(slot, slot + kPageTokens, &begin, &end);
     const Element* keys = page(arguments.cache.keys, slot);
     const uint8_t* values = reinterpret_cast<const uint8_t*>(page(arguments.cache.values, slot));
     const int32_t head_dim = arguments.head_dim;
@@ -326,7 +337,7 @@ struct BlockRun {
     };
     while (begin < end) {
       const int n = next_tile(begin, end);
-      const int32_t row = block.row_begin + begin, last = row + n - 1, page_end = slot + kPageTokens;
+      const int32_t row = begin, last = row + n - 1, page_end = slot + kPageTokens;
       // Slots that all rows of the tile see; what one sees before and after them it reads alone.
       const int32_t from = rows.clip_first(last, slot), to = rows.clip_last(row, page_end);
       if (from < to) {
@@ -342,7 +353,7 @@ struct BlockRun {
 
   void value_page_sums(int32_t span, int32_t slot, float* results, const uint8_t* ahead) {
     int32_t begin, end;
-    rows_that_see(slot, slot + kPageTokens, &begin, &end);
+    rows.that_see(slot, slot + kPageTokens, &begin, &end);
     const Element* values = page(arguments.cache.values, slot);
     if (sizeof(Element) < 4 && end - begin > kRowTile) {
       for (int32_t t = 0; t < kPageTokens; ++t) {
@@ -359,15 +370,14 @@ struct BlockRun {
   // Results of one span for rows [begin, end), which are those that see any of it.
   void attend_span(int32_t span_index, float* results, int32_t begin, int32_t end) {
     const int32_t span = span_index * kSpanTokens, span_end = span + kSpanTokens;
-    const int32_t from = rows.clip_first(block.row_begin + begin, span) / kPageTokens * kPageTokens;
-    const int32_t to = rows.clip_last(block.row_begin + end - 1, span_end);
-    const int32_t block_end = rows.slot(block.row_end - 1) + 1;
+    const int32_t from = rows.clip_first(begin, span) / kPageTokens * kPageTokens;
+    const int32_t to = rows.clip_last(end - 1, span_end);
+    const int32_t block_end = rows.slots[count - 1] + 1;
     for (int32_t slot = from; slot < to; slot += kPageTokens) score_page(span, slot);
     for (int32_t r = begin; r < end; ++r) {
-      const int32_t row = block.row_begin + r;
       float* result = results + r * record;
       clear_record(result, width);
-      normalize(scores + r * kSpanTokens, rows.clip_first(row, span) - span, rows.clip_last(row, span_end) - span,
+      normalize(scores + r * kSpanTokens, rows.clip_first(r, span) - span, rows.clip_last(r, span_end) - span,
                 arguments.softcap, result + width, result + width + 1);
     }
     for (int32_t slot = from; slot < to; slot += kPageTokens) {
@@ -391,7 +401,7 @@ struct BlockRun {
     }
     for (int32_t span = span_begin; span < span_end; ++span) {
       int32_t begin, end;
-      rows_that_see(span * kSpanTokens, (span + 1) * kSpanTokens, &begin, &end);
+      rows.that_see(span * kSpanTokens, (span + 1) * kSpanTokens, &begin, &end);
       if (begin >= end) continue;
       float* results = records == nullptr ? spans : records + static_cast<int64_t>(span - span_begin) * count * record;
       attend_span(span, results, begin, end);

@@ -8,6 +8,26 @@ namespace {
 
 TM_INLINE int32_t lanes_left(int32_t index, int32_t width) { return width - index < kLanes ? width - index : kLanes; }
 
+// How a vector of a row is read and written: whole, or the first lanes of the last one. Whole vectors need no masks, which
+// cost as much as a simple kernel's arithmetic.
+struct WholeLanes {
+  TM_INLINE F32x16 read(const float* p) const { return load(p); }
+  TM_INLINE void write(float* p, F32x16 x) const { store(p, x); }
+};
+struct FirstLanes {
+  int count;
+  TM_INLINE F32x16 read(const float* p) const { return load_first(p, count); }
+  TM_INLINE void write(float* p, F32x16 x) const { store_first(p, x, count); }
+};
+
+// body(i, lanes) for every 16 elements of a row, i being the first of them.
+template <class Body>
+TM_INLINE void for_vectors(int32_t width, Body body) {
+  int32_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) body(i, WholeLanes{});
+  if (i < width) body(i, FirstLanes{width - i});
+}
+
 // Sum of squares in 64 virtual lanes: element i goes to lane i mod 64, then one tree. Masked lanes add 0.
 float sum_of_squares(const float* x, int32_t width) {
   F32x16 lanes[4] = {zero_f32(), zero_f32(), zero_f32(), zero_f32()};
@@ -31,11 +51,10 @@ void rms_norm(const float* x, const float* weight, float weight_offset, float ep
   for (int32_t group = 0; group < width; group += group_width) {
     const float mean = sum_of_squares(x + group, group_width) / static_cast<float>(group_width);
     const F32x16 inverse = set1(1.0f / __builtin_sqrtf(mean + eps));
-    for (int32_t i = 0; i < group_width; i += kLanes) {
-      const int n = lanes_left(i, group_width);
-      const F32x16 gain = add(load_first(weight + i, n), offset);
-      store_first(y + group + i, mul(mul(load_first(x + group + i, n), inverse), gain), n);
-    }
+    for_vectors(group_width, [&](int32_t i, auto lanes) {
+      const F32x16 gain = add(lanes.read(weight + i), offset);
+      lanes.write(y + group + i, mul(mul(lanes.read(x + group + i), inverse), gain));
+    });
   }
 }
 
@@ -45,13 +64,12 @@ void rope(const RopeArguments& arguments, const float* x, const float* angles, f
   const float* sines = angles + half;
   for (int32_t head = 0; head < arguments.heads; ++head, x += arguments.head_dim, y += arguments.head_dim) {
     if (arguments.style == RopeStyle::kHalf) {
-      for (int32_t i = 0; i < half; i += kLanes) {
-        const int n = lanes_left(i, half);
-        const F32x16 a = load_first(x + i, n), b = load_first(x + half + i, n);
-        const F32x16 c = load_first(cosines + i, n), s = load_first(sines + i, n);
-        store_first(y + i, sub(mul(a, c), mul(b, s)), n);
-        store_first(y + half + i, add(mul(b, c), mul(a, s)), n);
-      }
+      for_vectors(half, [&](int32_t i, auto lanes) {
+        const F32x16 a = lanes.read(x + i), b = lanes.read(x + half + i);
+        const F32x16 c = lanes.read(cosines + i), s = lanes.read(sines + i);
+        lanes.write(y + i, sub(mul(a, c), mul(b, s)));
+        lanes.write(y + half + i, add(mul(b, c), mul(a, s)));
+      });
     } else {
       for (int32_t i = 0; i < half; ++i) {
         const float a = x[2 * i], b = x[2 * i + 1];
@@ -82,10 +100,7 @@ TM_INLINE F32x16 gelu(F32x16 x) {
 
 template <class Function>
 TM_INLINE void gate_row(const float* gate, const float* up, int32_t width, float* y, Function activation) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int n = lanes_left(i, width);
-    store_first(y + i, mul(activation(load_first(gate + i, n)), load_first(up + i, n)), n);
-  }
+  for_vectors(width, [&](int32_t i, auto lanes) { lanes.write(y + i, mul(activation(lanes.read(gate + i)), lanes.read(up + i))); });
 }
 
 void gated_activation(Activation activation, const float* gate, const float* up, int32_t width, float* y) {
@@ -100,24 +115,15 @@ void gated_activation(Activation activation, const float* gate, const float* up,
 }
 
 void add_rows(const float* a, const float* b, int32_t width, float* y) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int n = lanes_left(i, width);
-    store_first(y + i, add(load_first(a + i, n), load_first(b + i, n)), n);
-  }
+  for_vectors(width, [&](int32_t i, auto lanes) { lanes.write(y + i, add(lanes.read(a + i), lanes.read(b + i))); });
 }
 
 void scale_row(const float* x, float factor, int32_t width, float* y) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int n = lanes_left(i, width);
-    store_first(y + i, mul(load_first(x + i, n), set1(factor)), n);
-  }
+  for_vectors(width, [&](int32_t i, auto lanes) { lanes.write(y + i, mul(lanes.read(x + i), set1(factor))); });
 }
 
 void softcap_row(const float* x, float cap, int32_t width, float* y) {
-  for (int32_t i = 0; i < width; i += kLanes) {
-    const int n = lanes_left(i, width);
-    store_first(y + i, mul(set1(cap), tanh(div(load_first(x + i, n), set1(cap)))), n);
-  }
+  for_vectors(width, [&](int32_t i, auto lanes) { lanes.write(y + i, mul(set1(cap), tanh(div(lanes.read(x + i), set1(cap))))); });
 }
 
 }  // namespace

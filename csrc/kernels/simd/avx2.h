@@ -53,6 +53,11 @@ TM_INLINE F32x16 round_even(F32x16 a) {
 TM_INLINE I32x16 to_i32(F32x16 a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 TM_INLINE F32x16 to_f32(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 TM_INLINE F32x16 bits_as_f32(I32x16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+TM_INLINE __m256 scale_by_power_half(__m256 p, __m256 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+TM_INLINE F32x16 scale_by_power(F32x16 p, F32x16 n) { return {scale_by_power_half(p.lo, n.lo), scale_by_power_half(p.hi, n.hi)}; }
 TM_INLINE I32x16 zero_i32() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 TM_INLINE I32x16 set1_i32(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 TM_INLINE I32x16 load(const int32_t* p) { return {load256(p), load256(p + 8)}; }
@@ -82,11 +87,6 @@ TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
-TM_INLINE void store_as_i8(int8_t* p, I32x16 x) {
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.lo, x.hi), 0xd8);
-  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(words, words), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(bytes));
-}
 TM_INLINE I32x16 bits_as_i32(F32x16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
 TM_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
@@ -101,6 +101,14 @@ TM_INLINE int32_t reduce_add(I32x16 a) {
   const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
   const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+TM_INLINE I32x16 reduce_max_each(const I32x16 (&v)[16]) {
+  alignas(32) int32_t largest[16];
+  for (int i = 0; i < 16; ++i) largest[i] = reduce_max(v[i]);
+  return load(largest);
+}
+TM_INLINE I32x16 add_pairs(I32x16 a, I32x16 b) {
+  return {_mm256_permute4x64_epi64(_mm256_hadd_epi32(a.lo, a.hi), 0xd8), _mm256_permute4x64_epi64(_mm256_hadd_epi32(b.lo, b.hi), 0xd8)};
 }
 TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) {
   return {_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
@@ -128,6 +136,23 @@ TM_INLINE U8x64 bit_or(U8x64 a, U8x64 b) { return {_mm256_or_si256(a.lo, b.lo), 
 TM_INLINE U8x64 bit_xor(U8x64 a, U8x64 b) { return {_mm256_xor_si256(a.lo, b.lo), _mm256_xor_si256(a.hi, b.hi)}; }
 template <int kBits> TM_INLINE U8x64 shift_right_u16(U8x64 a) { return {_mm256_srli_epi16(a.lo, kBits), _mm256_srli_epi16(a.hi, kBits)}; }
 template <int kBits> TM_INLINE U8x64 shift_left_u16(U8x64 a) { return {_mm256_slli_epi16(a.lo, kBits), _mm256_slli_epi16(a.hi, kBits)}; }
+TM_INLINE __m256i narrow_to_i8_half(I32x16 a, I32x16 b) {
+  const __m256i lanes = _mm256_packs_epi16(_mm256_packs_epi32(a.lo, a.hi), _mm256_packs_epi32(b.lo, b.hi));
+  return _mm256_permutevar8x32_epi32(lanes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) { return {narrow_to_i8_half(a, b), narrow_to_i8_half(c, d)}; }
+TM_INLINE __m256i quad_sums(__m256i codes) {
+  return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), codes), _mm256_set1_epi16(1));
+}
+// Sums of 16 codes each of two times 64.
+TM_INLINE __m256i sums_of_16_half(U8x64 a, U8x64 b) {
+  const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(quad_sums(a.lo), quad_sums(a.hi)),
+                                          _mm256_hadd_epi32(quad_sums(b.lo), quad_sums(b.hi)));
+  return _mm256_permutevar8x32_epi32(pairs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+TM_INLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
+  return {sums_of_16_half(codes[0], codes[1]), sums_of_16_half(codes[2], codes[3])};
+}
 TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, index.lo), _mm256_shuffle_epi8(t, index.hi)};

@@ -33,10 +33,12 @@ TM_INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 TM_INLINE F32x16 round_even(F32x16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// Values must be whole and fit int32.
+// The nearest whole numbers, ties to even; they must fit int32.
 TM_INLINE I32x16 to_i32(F32x16 a) { return {_mm512_cvtps_epi32(a.v)}; }
 TM_INLINE F32x16 to_f32(I32x16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TM_INLINE F32x16 bits_as_f32(I32x16 a) { return {_mm512_castsi512_ps(a.v)}; }
+// p * 2^n for whole n in -126..127 and p in 0.5..2; where n is NaN or lies outside, anything.
+TM_INLINE F32x16 scale_by_power(F32x16 p, F32x16 n) { return {_mm512_scalef_ps(p.v, n.v)}; }
 TM_INLINE I32x16 zero_i32() { return {_mm512_setzero_si512()}; }
 TM_INLINE I32x16 set1_i32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 TM_INLINE I32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -54,14 +56,31 @@ TM_INLINE void store_f16(uint16_t* p, F32x16 x) {
 }
 TM_INLINE I32x16 load_i8_as_i32(const int8_t* p) { return {_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) { return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
-// Values must lie in -128..127.
-TM_INLINE void store_as_i8(int8_t* p, I32x16 x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v)); }
 // Bits of a, unchanged.
 TM_INLINE I32x16 bits_as_i32(F32x16 a) { return {_mm512_castps_si512(a.v)}; }
 TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 TM_INLINE I32x16 max(I32x16 a, I32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
 TM_INLINE int32_t reduce_max(I32x16 a) { return _mm512_reduce_max_epi32(a.v); }
 TM_INLINE int32_t reduce_add(I32x16 a) { return _mm512_reduce_add_epi32(a.v); }
+// Lane i: the largest lane of v[i].
+TM_INLINE I32x16 reduce_max_each(const I32x16 (&v)[16]) {
+  const auto fours = [](const I32x16* x) {  // lane 4 l + i of the result: the largest of lanes 4 l .. 4 l + 3 of x[i]
+    const __m512i a = _mm512_max_epi32(_mm512_unpacklo_epi32(x[0].v, x[1].v), _mm512_unpackhi_epi32(x[0].v, x[1].v));
+    const __m512i b = _mm512_max_epi32(_mm512_unpacklo_epi32(x[2].v, x[3].v), _mm512_unpackhi_epi32(x[2].v, x[3].v));
+    return _mm512_max_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  };
+  const auto halves = [](__m512i a, __m512i b) {
+    return _mm512_max_epi32(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xee));
+  };
+  const __m512i low = halves(fours(v), fours(v + 4)), high = halves(fours(v + 8), fours(v + 12));
+  return {_mm512_max_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd))};
+}
+// a0 + a1, a2 + a3 ... a14 + a15, b0 + b1 ... b14 + b15.
+TM_INLINE I32x16 add_pairs(I32x16 a, I32x16 b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {_mm512_add_epi32(_mm512_permutex2var_epi32(a.v, even, b.v), _mm512_permutex2var_epi32(a.v, odd, b.v))};
+}
 // 32 bytes -> lanes of two int16: lane r holds bytes 2r (low half) and 2r + 1.
 TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) { return {_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 // 32 16-bit elements: those at even places and those at odd places.
@@ -87,6 +106,22 @@ TM_INLINE U8x64 bit_xor(U8x64 a, U8x64 b) { return {_mm512_xor_si512(a.v, b.v)};
 // Shifts of 16-bit units: bits cross byte borders, so mask afterwards.
 template <int kBits> TM_INLINE U8x64 shift_right_u16(U8x64 a) { return {_mm512_srli_epi16(a.v, kBits)}; }
 template <int kBits> TM_INLINE U8x64 shift_left_u16(U8x64 a) { return {_mm512_slli_epi16(a.v, kBits)}; }
+// a, b, c and d as int8, in order. Values must lie in -128..127.
+TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
+  const __m512i lanes = _mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
+  return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), lanes)};
+}
+// Lane i: the sum of int8 codes 16 i .. 16 i + 15 of 256.
+TM_INLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
+  const auto quads = [](U8x64 x) {
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_set1_epi8(1), x.v), _mm512_set1_epi16(1));
+  };
+  const __m512i a = quads(codes[0]), b = quads(codes[1]), c = quads(codes[2]), d = quads(codes[3]);
+  const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+  const __m512i sums = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), sums)};
+}
 // table[index & 15] for every byte; indices must be below 16.
 TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};

@@ -62,6 +62,11 @@ TM_INLINE F32x16 round_even(F32x16 a) { TM_UNARY(F32x16, vrndnq_f32); }
 TM_INLINE I32x16 to_i32(F32x16 a) { TM_UNARY(I32x16, vcvtnq_s32_f32); }
 TM_INLINE F32x16 to_f32(I32x16 a) { TM_UNARY(F32x16, vcvtq_f32_s32); }
 TM_INLINE F32x16 bits_as_f32(I32x16 a) { TM_UNARY(F32x16, vreinterpretq_f32_s32); }
+TM_INLINE float32x4_t scale_by_power_quarter(float32x4_t p, float32x4_t n) {
+  const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+  return vmulq_f32(p, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+}
+TM_INLINE F32x16 scale_by_power(F32x16 a, F32x16 b) { TM_BINARY(F32x16, scale_by_power_quarter); }
 TM_INLINE I32x16 bits_as_i32(F32x16 a) { TM_UNARY(I32x16, vreinterpretq_s32_f32); }
 TM_INLINE I32x16 set1_i32(int32_t x) {
   const int32x4_t q = vdupq_n_s32(x);
@@ -82,6 +87,14 @@ TM_INLINE I32x16 max(I32x16 a, I32x16 b) { TM_BINARY(I32x16, vmaxq_s32); }
 TM_INLINE I32x16 bit_and(I32x16 a, I32x16 b) { TM_BINARY(I32x16, vandq_s32); }
 TM_INLINE int32_t reduce_max(I32x16 a) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.q0, a.q1), vmaxq_s32(a.q2, a.q3))); }
 TM_INLINE int32_t reduce_add(I32x16 a) { return vaddvq_s32(vaddq_s32(vaddq_s32(a.q0, a.q1), vaddq_s32(a.q2, a.q3))); }
+TM_INLINE I32x16 reduce_max_each(const I32x16 (&v)[16]) {
+  int32_t largest[16];
+  for (int i = 0; i < 16; ++i) largest[i] = reduce_max(v[i]);
+  return load(largest);
+}
+TM_INLINE I32x16 add_pairs(I32x16 a, I32x16 b) {
+  return {vpaddq_s32(a.q0, a.q1), vpaddq_s32(a.q2, a.q3), vpaddq_s32(b.q0, b.q1), vpaddq_s32(b.q2, b.q3)};
+}
 template <int kBits> TM_INLINE I32x16 shift_left(I32x16 a) {
   return {vshlq_n_s32(a.q0, kBits), vshlq_n_s32(a.q1, kBits), vshlq_n_s32(a.q2, kBits), vshlq_n_s32(a.q3, kBits)};
 }
@@ -112,10 +125,6 @@ TM_INLINE I32x16 load_u8_as_i32(const uint8_t* p) {
   const uint8x16_t bytes = vld1q_u8(p);
   const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
   return {widen_u16(vget_low_u16(low)), widen_u16(vget_high_u16(low)), widen_u16(vget_low_u16(high)), widen_u16(vget_high_u16(high))};
-}
-TM_INLINE void store_as_i8(int8_t* p, I32x16 x) {
-  const int16x8_t low = vcombine_s16(vmovn_s32(x.q0), vmovn_s32(x.q1)), high = vcombine_s16(vmovn_s32(x.q2), vmovn_s32(x.q3));
-  vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
 }
 TM_INLINE int32x4_t bytes_as_pairs(uint8x8_t x) { return vreinterpretq_s32_u16(vmovl_u8(x)); }
 TM_INLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) {
@@ -158,6 +167,20 @@ template <int kBits> TM_INLINE uint8x16_t right_u16(uint8x16_t a) { return vrein
 template <int kBits> TM_INLINE uint8x16_t left_u16(uint8x16_t a) { return vreinterpretq_u8_u16(vshlq_n_u16(vreinterpretq_u16_u8(a), kBits)); }
 template <int kBits> TM_INLINE U8x64 shift_right_u16(U8x64 a) { TM_UNARY(U8x64, right_u16<kBits>); }
 template <int kBits> TM_INLINE U8x64 shift_left_u16(U8x64 a) { TM_UNARY(U8x64, left_u16<kBits>); }
+TM_INLINE uint8x16_t narrow_quarter(I32x16 x) {
+  const int16x8_t low = vcombine_s16(vmovn_s32(x.q0), vmovn_s32(x.q1)), high = vcombine_s16(vmovn_s32(x.q2), vmovn_s32(x.q3));
+  return vreinterpretq_u8_s8(vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
+  return {narrow_quarter(a), narrow_quarter(b), narrow_quarter(c), narrow_quarter(d)};
+}
+TM_INLINE int32x4_t quad_sums(uint8x16_t codes) { return vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_u8(codes))); }
+TM_INLINE int32x4_t sums_of_16_quarter(U8x64 x) {
+  return vpaddq_s32(vpaddq_s32(quad_sums(x.q0), quad_sums(x.q1)), vpaddq_s32(quad_sums(x.q2), quad_sums(x.q3)));
+}
+TM_INLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
+  return {sums_of_16_quarter(codes[0]), sums_of_16_quarter(codes[1]), sums_of_16_quarter(codes[2]), sums_of_16_quarter(codes[3])};
+}
 TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
   const uint8x16_t t = vld1q_u8(table);
   return {vqtbl1q_u8(t, index.q0), vqtbl1q_u8(t, index.q1), vqtbl1q_u8(t, index.q2), vqtbl1q_u8(t, index.q3)};

@@ -35,9 +35,17 @@ TM_OUTLINE F32x16 sqrt(F32x16 a) { TM_EACH(F32x16, __builtin_sqrtf(a.v[i])); }
 TM_OUTLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { TM_EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
 // Exact below 2^22 in magnitude; every caller rounds values far smaller than that.
 TM_OUTLINE F32x16 round_even(F32x16 a) { TM_EACH(F32x16, __builtin_copysignf((a.v[i] + 12582912.0f) - 12582912.0f, a.v[i])); }
-TM_OUTLINE I32x16 to_i32(F32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(a.v[i])); }
+TM_OUTLINE I32x16 to_i32(F32x16 a) {
+  const F32x16 whole = round_even(a);
+  TM_EACH(I32x16, static_cast<int32_t>(whole.v[i]));
+}
 TM_OUTLINE F32x16 to_f32(I32x16 a) { TM_EACH(F32x16, static_cast<float>(a.v[i])); }
 TM_OUTLINE F32x16 bits_as_f32(I32x16 a) { TM_EACH(F32x16, bits_to_f32(static_cast<uint32_t>(a.v[i]))); }
+TM_OUTLINE F32x16 scale_by_power(F32x16 p, F32x16 n) {
+  TM_EACH(F32x16, n.v[i] >= -126.0f && n.v[i] <= 127.0f
+                      ? p.v[i] * bits_to_f32(static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23)
+                      : p.v[i]);
+}
 TM_OUTLINE I32x16 zero_i32() { TM_EACH(I32x16, 0); }
 TM_OUTLINE I32x16 set1_i32(int32_t x) { TM_EACH(I32x16, x); }
 TM_OUTLINE I32x16 load(const int32_t* p) { TM_EACH(I32x16, p[i]); }
@@ -51,7 +59,6 @@ TM_OUTLINE F32x16 load_bf16(const uint16_t* p) { TM_EACH(F32x16, bf16_to_f32(p[i
 TM_OUTLINE void store_f16(uint16_t* p, F32x16 x) { for (int i = 0; i < 16; ++i) p[i] = f32_to_f16(x.v[i]); }
 TM_OUTLINE I32x16 load_i8_as_i32(const int8_t* p) { TM_EACH(I32x16, p[i]); }
 TM_OUTLINE I32x16 load_u8_as_i32(const uint8_t* p) { TM_EACH(I32x16, p[i]); }
-TM_OUTLINE void store_as_i8(int8_t* p, I32x16 x) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]); }
 TM_OUTLINE I32x16 bits_as_i32(F32x16 a) { TM_EACH(I32x16, static_cast<int32_t>(f32_to_bits(a.v[i]))); }
 TM_OUTLINE I32x16 bit_and(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] & b.v[i]); }
 TM_OUTLINE I32x16 max(I32x16 a, I32x16 b) { TM_EACH(I32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -65,6 +72,8 @@ TM_OUTLINE int32_t reduce_add(I32x16 a) {
   for (int i = 0; i < 16; ++i) r += a.v[i];
   return r;
 }
+TM_OUTLINE I32x16 reduce_max_each(const I32x16 (&v)[16]) { TM_EACH(I32x16, reduce_max(v[i])); }
+TM_OUTLINE I32x16 add_pairs(I32x16 a, I32x16 b) { TM_EACH(I32x16, i < 8 ? a.v[2 * i] + a.v[2 * i + 1] : b.v[2 * i - 16] + b.v[2 * i - 15]); }
 TM_OUTLINE I32x16 load_u8_as_i16_pairs(const uint8_t* p) { TM_EACH(I32x16, p[2 * i] | (p[2 * i + 1] << 16)); }
 TM_OUTLINE void load_bf16_pairs(const void* p, F32x16& even, F32x16& odd) {
   uint16_t pairs[32];
@@ -98,6 +107,21 @@ template <int kBits> TM_OUTLINE U8x64 shift_left_u16(U8x64 a) {
   for (int i = 0; i < 32; ++i) w[i] = static_cast<uint16_t>(w[i] << kBits);
   memcpy(a.v, w, 64);
   return a;
+}
+TM_OUTLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
+  U8x64 r;
+  for (int i = 0; i < 16; ++i) {
+    r.v[i] = static_cast<uint8_t>(a.v[i]);
+    r.v[16 + i] = static_cast<uint8_t>(b.v[i]);
+    r.v[32 + i] = static_cast<uint8_t>(c.v[i]);
+    r.v[48 + i] = static_cast<uint8_t>(d.v[i]);
+  }
+  return r;
+}
+TM_OUTLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
+  I32x16 r = zero_i32();
+  for (int i = 0; i < 256; ++i) r.v[i / 16] += static_cast<int8_t>(codes[i / 64].v[i % 64]);
+  return r;
 }
 TM_OUTLINE U8x64 lookup16(const uint8_t* table, U8x64 index) { for (int i = 0; i < 64; ++i) index.v[i] = table[index.v[i] & 15]; return index; }
 
