@@ -25,6 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tokenmill.program.kv import PAGE_TOKENS
+
 STEP_VERSION = 1
 HEADER_WORDS = 8
 Int32 = npt.NDArray[np.int32]
@@ -121,39 +123,37 @@ def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
 
     Raises ValueError if a sequence has no tokens or a page table is too short for its tokens.
     """
-    tokens = sum(len(s.token_ids) for s in sequences)
-    sampled = sum(len(s.sampled) for s in sequences)
     stride = max((len(table) for s in sequences for table in s.page_tables), default=0)
-    words = HEADER_WORDS + 3 * tokens + len(sequences) + 1 + sampled + groups * len(sequences) * stride
-    buffer = np.full(words, -1, dtype=np.int32)
-    buffer[:HEADER_WORDS] = (STEP_VERSION, tokens, len(sequences), sampled, groups, stride, 0, 0)
-    plan = StepPlan(buffer)
-    token_ids, positions, slots = plan.token_ids, plan.positions, plan.slots
-    row_starts, sampled_rows, page_tables = plan.row_starts, plan.sampled_rows, plan.page_tables
-    row = out = 0
+    page_tables = np.full((groups, len(sequences), stride), -1, dtype=np.int32)
+    # Lists, made into arrays once: a step of decoding has few words of each section for every sequence, and numpy calls
+    # on a handful of words cost more than the words.
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    row_starts: list[int] = []
+    sampled_rows: list[int] = []
     for index, sequence in enumerate(sequences):
-        count = len(sequence.token_ids)
+        row, count, first = len(token_ids), len(sequence.token_ids), sequence.first_slot
         if count == 0:
             raise ValueError(f"sequence {index} of the step has no tokens")
         if len(sequence.page_tables) != groups:
             raise ValueError(
                 f"sequence {index} has {len(sequence.page_tables)} page tables, the program {groups} KV groups"
             )
-        last_page = (sequence.first_slot + count - 1) // 32
-        first_position = sequence.first_slot if sequence.first_position is None else sequence.first_position
-        token_ids[row : row + count] = sequence.token_ids
-        positions[row : row + count] = np.arange(first_position, first_position + count)
-        slots[row : row + count] = np.arange(sequence.first_slot, sequence.first_slot + count)
-        row_starts[index] = row
+        last_page = (first + count - 1) // PAGE_TOKENS
         for group, table in enumerate(sequence.page_tables):
             if len(table) <= last_page:
                 raise ValueError(
                     f"sequence {index}: page table of group {group} has {len(table)} pages, needs {last_page + 1}"
                 )
             page_tables[group, index, : len(table)] = table
-        for position in sequence.sampled:
-            sampled_rows[out] = row + position
-            out += 1
-        row += count
-    row_starts[len(sequences)] = row
-    return plan
+        position = first if sequence.first_position is None else sequence.first_position
+        token_ids += sequence.token_ids.tolist() if isinstance(sequence.token_ids, np.ndarray) else sequence.token_ids
+        positions += range(position, position + count)
+        slots += range(first, first + count)
+        row_starts.append(row)
+        sampled_rows += [row + place for place in sequence.sampled]
+    row_starts.append(len(token_ids))
+    header = [STEP_VERSION, len(token_ids), len(sequences), len(sampled_rows), groups, stride, 0, 0]
+    rows = np.array(header + token_ids + positions + slots + row_starts + sampled_rows, dtype=np.int32)
+    return StepPlan(np.concatenate((rows, page_tables.reshape(-1))))
