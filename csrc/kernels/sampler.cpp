@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "kernels/philox.h"
+#include "kernels/prefix_end.h"
 #include "kernels/sampler_rows.h"
 #include "platform/float_environment.h"
 
@@ -36,16 +37,6 @@ double natural_log(double x) {
   return exponent * kLn2 + 2.0 * s * series;
 }
 
-struct Candidate {
-  float key;  // larger is kept first
-  float weight;
-  int32_t id;
-};
-
-bool before(const Candidate& a, const Candidate& b) { return a.key != b.key ? a.key > b.key : a.id < b.id; }
-
-enum class Measure { kCount, kMass };
-
 }  // namespace
 
 // One thread's working memory, and the work on one row.
@@ -61,8 +52,8 @@ class Sampler::Worker {
 
   int64_t bytes() const {
     const size_t words = logits_.size() + weights_.size() + occurrences_.size() + keys_.size() + sums_.size() +
-                         maxima_.size() + key_maxima_.size() + order_.size();
-    return static_cast<int64_t>(4 * words + sizeof(Candidate) * candidates_.capacity());
+                         maxima_.size() + order_.size();
+    return static_cast<int64_t>(4 * words + search_.bytes());
   }
 
   void sample(const SampleRow& row, SampledToken& out, const BestTokens& best) {
@@ -175,17 +166,17 @@ class Sampler::Worker {
   int32_t draw(const float* logits, float largest, const SampleRow& row) {
     const SamplerSettings& settings = *row.settings;
     const auto scale = static_cast<float>(kLog2E / settings.temperature);
-    sampler_rows().weights(logits, n_, largest, scale, weights_.data(), sums_.data());
+    sampler_rows().weights(logits, n_, largest, scale, settings.min_p, weights_.data(), sums_.data());
     // Every filter sets the weights of what it drops to zero.
     // Logits further down have no weight, so that no filter needs to tell them apart.
     const float bottom = std::max(static_cast<float>(largest - 128.0 * kLn2 * settings.temperature), kLowest);
-    if (settings.min_p > 0.0f) sampler_rows().drop_below(weights_.data(), n_, settings.min_p, weights_.data(), sums_.data());
     if (settings.top_k > 0 && settings.top_k < n_) {
-      keep_best(logits, maxima_, Measure::kCount, settings.top_k, std::max(top_k_floor(settings.top_k), bottom), largest);
+      drop_after(logits, search_.find(logits, nullptr, n_, settings.top_k, 0.0, std::max(top_k_floor(settings.top_k), bottom)));
     }
     if (settings.top_p < 1.0) {
-      const float floor = std::max(top_p_floor(largest, settings), bottom);
-      keep_best(logits, maxima_, Measure::kMass, settings.top_p * row_mass(), floor, largest);
+      const double mass = row_mass();
+      const float floor = std::max(top_p_floor(largest, mass, settings), bottom);
+      drop_after(logits, search_.find(logits, weights_.data(), n_, settings.top_p * mass, mass, floor));
     }
     if (settings.typical_p < 1.0) keep_typical(logits, largest, settings);
     return draw_weighted(draw_uniform(settings.seed, settings.sample_index, static_cast<uint32_t>(row.tokens.size()),
@@ -201,73 +192,15 @@ class Sampler::Worker {
   }
 
   // Tokens of weight below c hold less than n c of mass; with n c half of what top_p drops, none of them is kept.
-  float top_p_floor(float largest, const SamplerSettings& settings) const {
-    const double dropped = (1.0 - settings.top_p) * row_mass();
+  float top_p_floor(float largest, double mass, const SamplerSettings& settings) const {
+    const double dropped = (1.0 - settings.top_p) * mass;
     const double weight = 0.5 * dropped / static_cast<double>(n_);
     const double logit = largest + natural_log(weight) * settings.temperature;
     return std::max(static_cast<float>(std::max<double>(logit, kLowest)), kLowest);
   }
 
-  // Keeps the shortest prefix, by key and then by id, whose count or mass reaches `target` (all keys from `floor` up if
-  // none does); at least one token. `maxima` are the keys', `largest` the largest of them. The key where the prefix ends is found by
-  // passes that try eight thresholds at once, until few enough keys are left between two of them to be sorted.
-  void keep_best(const float* keys, const std::vector<float>& maxima, Measure measure, double target, float floor, float largest) {
-    constexpr int64_t kFew = 512;
-    float low = floor, high = kInfinity;  // the prefix down to `low` reaches the target, down to `high` does not
-    double base = 0.0;                    // measure of the keys from `high` up
-    while (!gather(keys, maxima, low, high, kFew)) {
-      float thresholds[kThresholds];
-      const double top = high == kInfinity ? std::nextafter(largest, kInfinity) : high;
-      for (int t = 0; t < kThresholds; ++t) {
-        thresholds[t] = static_cast<float>(low + (top - static_cast<double>(low)) * ((t + 1) / (kThresholds + 1.0)));
-      }
-      if (high == kInfinity) thresholds[kThresholds - 1] = largest;  // finds many equal best tokens at once
-      if (std::nextafter(low, kInfinity) >= static_cast<float>(top)) {  // all tie at `low`: they are in order of id
-        gather(keys, maxima, low, high, n_);
-        break;
-      }
-      Above above;
-      sampler_rows().above(keys, weights_.data(), n_, thresholds, &above);
-      const float old_low = low, old_high = high;
-      for (int t = 0; t < kThresholds; ++t) {
-        const double reached = measure == Measure::kCount ? static_cast<double>(above.count[t]) : above.mass[t];
-        if (reached >= target) {
-          low = std::max(low, thresholds[t]);
-        } else {
-          base = reached;
-          high = thresholds[t];
-          break;
-        }
-      }
-      if (low == old_low && high == old_high) low = std::nextafter(low, kInfinity);  // unreachable but for rounding
-    }
-    if (!std::is_sorted(candidates_.begin(), candidates_.end(), before)) {
-      std::sort(candidates_.begin(), candidates_.end(), before);
-    }
-    const auto value = [measure](const Candidate& c) { return measure == Measure::kCount ? 1.0 : static_cast<double>(c.weight); };
-    size_t last = 0;
-    while (last + 1 < candidates_.size() && base + value(candidates_[last]) < target) base += value(candidates_[last++]);
-    for (size_t i = last + 1; i < candidates_.size() && candidates_[i].key == candidates_[last].key; ++i) {
-      weights_[static_cast<size_t>(candidates_[i].id)] = 0.0f;
-    }
-    sampler_rows().drop_below(keys, n_, candidates_[last].key, weights_.data(), sums_.data());
-  }
-
-  // Fills `candidates_` with keys in [low, high), in id order. False, and incomplete, if there are more than `most`.
-  bool gather(const float* keys, const std::vector<float>& maxima, float low, float high, int64_t most) {
-    candidates_.clear();
-    for (size_t block = 0; block < maxima.size(); ++block) {
-      if (maxima[block] < low) continue;
-      const int64_t start = static_cast<int64_t>(block) * kMaximaBlock, end = std::min(start + kMaximaBlock, n_);
-      int inside = 0;  // counted first, without branches: most blocks have none
-      for (int64_t id = start; id < end; ++id) inside += static_cast<int>(keys[id] >= low) & static_cast<int>(keys[id] < high);
-      for (int64_t id = start; inside > 0 && id < end; ++id) {
-        if (keys[id] < low || keys[id] >= high) continue;
-        candidates_.push_back({keys[id], weights_[static_cast<size_t>(id)], static_cast<int32_t>(id)});
-      }
-      if (static_cast<int64_t>(candidates_.size()) > most) return false;
-    }
-    return true;
+  void drop_after(const float* keys, PrefixEnd end) {
+    sampler_rows().drop_after(keys, n_, end.key, end.id, weights_.data(), sums_.data());
   }
 
   // Keys by the distance of a token's information, -ln p, from the entropy of what the other filters left.
@@ -276,22 +209,9 @@ class Sampler::Worker {
     // -ln p = (largest - logit) / T + ln total, and the entropy is its mean, so ln total drops out of the difference.
     const double mean = sampler_rows().mean_distance(logits, weights_.data(), n_, largest) / total / settings.temperature;
     keys_.resize(static_cast<size_t>(n_));
-    key_maxima_.resize(maxima_.size());
     sampler_rows().centered_keys(logits, weights_.data(), n_, largest, 1.0f / settings.temperature,
                                  static_cast<float>(-mean), keys_.data());
-    sampler_rows().block_maxima(keys_.data(), n_, key_maxima_.data());
-    const auto [floor, top] = ends(keys_);
-    keep_best(keys_.data(), key_maxima_, Measure::kMass, settings.typical_p * total, floor, top);
-  }
-
-  // Smallest finite and largest element; there is a finite one.
-  static std::pair<float, float> ends(const std::vector<float>& keys) {
-    float low = kInfinity, high = -kInfinity;
-    for (const float key : keys) {
-      low = key != -kInfinity && key < low ? key : low;
-      high = key > high ? key : high;
-    }
-    return {low, high};
+    drop_after(keys_.data(), search_.find(keys_.data(), weights_.data(), n_, settings.typical_p * total, total, kLowest));
   }
 
   double row_mass() const {
@@ -327,7 +247,7 @@ class Sampler::Worker {
       out.status = RowStatus::kNothingAllowed;
       return;
     }
-    sampler_rows().weights(logits, n_, largest, static_cast<float>(kLog2E), nullptr, sums_.data());
+    sampler_rows().weights(logits, n_, largest, static_cast<float>(kLog2E), 0.0f, nullptr, sums_.data());
     const double log_total = natural_log(row_mass());
     const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - largest - log_total); };
     const float own = logits[out.id];
@@ -342,20 +262,19 @@ class Sampler::Worker {
     std::fill_n(best.logprobs, best.n, -kInfinity);
     const auto count = std::min<int64_t>(best.n, n_);
     if (count == 0) return;
-    const float threshold = top_k_floor(count);
-    candidates_.clear();
+    const PrefixEnd end = search_.find(logits, nullptr, n_, static_cast<double>(count), 0.0, top_k_floor(count));
+    best_.clear();
     for (size_t block = 0; block < maxima_.size(); ++block) {
-      if (maxima_[block] < threshold) continue;
+      if (maxima_[block] < end.key) continue;
       const int64_t start = static_cast<int64_t>(block) * kMaximaBlock;
       for (int64_t id = start; id < std::min(start + kMaximaBlock, n_); ++id) {
-        if (logits[id] >= threshold) candidates_.push_back({logits[id], 0.0f, static_cast<int32_t>(id)});
+        if (logits[id] > end.key || (logits[id] == end.key && id <= end.id)) best_.push_back(static_cast<int32_t>(id));
       }
     }
-    const auto wanted = std::min(count, static_cast<int64_t>(candidates_.size()));
-    std::partial_sort(candidates_.begin(), candidates_.begin() + wanted, candidates_.end(), before);
-    for (int64_t i = 0; i < wanted; ++i) {
-      best.ids[i] = candidates_[static_cast<size_t>(i)].id;
-      best.logprobs[i] = logprob(candidates_[static_cast<size_t>(i)].key);
+    std::stable_sort(best_.begin(), best_.end(), [logits](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    for (size_t i = 0; i < best_.size(); ++i) {
+      best.ids[i] = best_[i];
+      best.logprobs[i] = logprob(logits[best_[i]]);
     }
   }
 
@@ -363,8 +282,9 @@ class Sampler::Worker {
   std::vector<float> logits_, weights_;
   std::vector<uint32_t> occurrences_;  // all zero between rows
   std::vector<float> maxima_, sums_, order_;
-  std::vector<float> keys_, key_maxima_;  // of typical sampling, made at first use
-  std::vector<Candidate> candidates_;
+  std::vector<float> keys_;  // of typical sampling, made at first use
+  std::vector<int32_t> best_;
+  PrefixSearch search_;
 };
 
 Sampler::Sampler(int64_t vocabulary, int threads) : vocabulary_(vocabulary), pool_(threads) {
