@@ -48,11 +48,11 @@ class Sampler::Worker {
         weights_(static_cast<size_t>(vocabulary)),
         occurrences_(static_cast<size_t>(vocabulary)),
         maxima_(static_cast<size_t>((vocabulary + kMaximaBlock - 1) / kMaximaBlock)),
-        sums_(static_cast<size_t>((vocabulary + kSumBlock - 1) / kSumBlock)) {}
+        sums_(sum_blocks(vocabulary)) {}
 
   int64_t bytes() const {
     const size_t words = logits_.size() + weights_.size() + occurrences_.size() + keys_.size() + sums_.size() +
-                         maxima_.size() + order_.size();
+                         maxima_.size() + order_.size() + kept_logits_.size() + kept_weights_.size() + kept_ids_.size();
     return static_cast<int64_t>(4 * words + search_.bytes());
   }
 
@@ -166,19 +166,23 @@ class Sampler::Worker {
   int32_t draw(const float* logits, float largest, const SampleRow& row) {
     const SamplerSettings& settings = *row.settings;
     const auto scale = static_cast<float>(kLog2E / settings.temperature);
+    sums_.resize(sum_blocks(n_));
     sampler_rows().weights(logits, n_, largest, scale, settings.min_p, weights_.data(), sums_.data());
-    // Every filter sets the weights of what it drops to zero.
+    kept_ = {logits, weights_.data(), nullptr, n_};
+    const bool by_mass = settings.top_p < 1.0, by_typicality = settings.typical_p < 1.0;
     // Logits further down have no weight, so that no filter needs to tell them apart.
-    const float bottom = std::max(static_cast<float>(largest - 128.0 * kLn2 * settings.temperature), kLowest);
+    const double least = settings.min_p > 0.0f ? natural_log(settings.min_p) - 1e-3 : -128.0 * kLn2;
+    const float bottom = std::max(static_cast<float>(largest + least * settings.temperature), kLowest);
     if (settings.top_k > 0 && settings.top_k < n_) {
-      drop_after(logits, search_.find(logits, nullptr, n_, settings.top_k, 0.0, std::max(top_k_floor(settings.top_k), bottom)));
+      const float floor = std::max(top_k_floor(settings.top_k), bottom);
+      keep(search_.find(logits, nullptr, n_, settings.top_k, 0.0, floor), settings.top_k < n_ / 8 && (by_mass || by_typicality));
     }
-    if (settings.top_p < 1.0) {
-      const double mass = row_mass();
+    if (by_mass) {
+      const double mass = kept_mass();
       const float floor = std::max(top_p_floor(largest, mass, settings), bottom);
-      drop_after(logits, search_.find(logits, weights_.data(), n_, settings.top_p * mass, mass, floor));
+      keep(search_.find(kept_.logits, kept_.weights, kept_.n, settings.top_p * mass, mass, floor), by_typicality);
     }
-    if (settings.typical_p < 1.0) keep_typical(logits, largest, settings);
+    if (by_typicality) keep_typical(largest, settings);
     return draw_weighted(draw_uniform(settings.seed, settings.sample_index, static_cast<uint32_t>(row.tokens.size()),
                                       DrawPurpose::kToken));
   }
@@ -199,22 +203,43 @@ class Sampler::Worker {
     return std::max(static_cast<float>(std::max<double>(logit, kLowest)), kLowest);
   }
 
+  // Leaves the prefix of the best: the weights of all others become zero, or, if there is more to come and it is worth
+  // the while, what is left is copied together.
+  void keep(PrefixEnd end, bool more_to_come) {
+    const int64_t most = n_ / 8;
+    if (more_to_come && kept_.ids == nullptr) {
+      const auto room = static_cast<size_t>(most + 16);
+      kept_logits_.resize(room);
+      kept_weights_.resize(room);
+      kept_ids_.resize(room);
+      const int64_t left = copy_prefix(kept_.logits, kept_.weights, kept_.n, end, most, kept_logits_.data(), kept_weights_.data(), kept_ids_.data());
+      if (left >= 0) {
+        kept_ = {kept_logits_.data(), kept_weights_.data(), kept_ids_.data(), left};
+        sums_.resize(sum_blocks(left));
+      }
+    }
+    drop_after(kept_.logits, end);
+  }
+
   void drop_after(const float* keys, PrefixEnd end) {
-    sampler_rows().drop_after(keys, n_, end.key, end.id, weights_.data(), sums_.data());
+    // In a copy the end has another place, but all that are left of its key are in the prefix.
+    sampler_rows().drop_after(keys, kept_.n, end.key, end.id, kept_.weights, sums_.data());
   }
 
   // Keys by the distance of a token's information, -ln p, from the entropy of what the other filters left.
-  void keep_typical(const float* logits, float largest, const SamplerSettings& settings) {
-    const double total = row_mass();
+  void keep_typical(float largest, const SamplerSettings& settings) {
+    const double total = kept_mass();
     // -ln p = (largest - logit) / T + ln total, and the entropy is its mean, so ln total drops out of the difference.
-    const double mean = sampler_rows().mean_distance(logits, weights_.data(), n_, largest) / total / settings.temperature;
+    const double mean = sampler_rows().mean_distance(kept_.logits, kept_.weights, kept_.n, largest) / total / settings.temperature;
     keys_.resize(static_cast<size_t>(n_));
-    sampler_rows().centered_keys(logits, weights_.data(), n_, largest, 1.0f / settings.temperature,
+    sampler_rows().centered_keys(kept_.logits, kept_.weights, kept_.n, largest, 1.0f / settings.temperature,
                                  static_cast<float>(-mean), keys_.data());
-    drop_after(keys_.data(), search_.find(keys_.data(), weights_.data(), n_, settings.typical_p * total, total, kLowest));
+    drop_after(keys_.data(), search_.find(keys_.data(), kept_.weights, kept_.n, settings.typical_p * total, total, kLowest));
   }
 
-  double row_mass() const {
+  static size_t sum_blocks(int64_t n) { return static_cast<size_t>((n + kSumBlock - 1) / kSumBlock); }
+
+  double kept_mass() const {
     double total = 0.0;
     for (const float sum : sums_) total += sum;
     return total;
@@ -222,22 +247,22 @@ class Sampler::Worker {
 
   // Inverse of the cumulative distribution in id order: first the block of sums, then the token in it.
   int32_t draw_weighted(double u) const {
-    double left = u * row_mass();
+    double left = u * kept_mass();
     size_t block = 0;
     while (block + 1 < sums_.size() && left >= sums_[block]) left -= sums_[block++];
     int64_t drawn = -1;
     // Rounding can carry the walk past the last token that has mass; that token is then drawn.
     for (; drawn < 0; block = block == 0 ? sums_.size() - 1 : block - 1, left = kInfinity) {
       const int64_t start = static_cast<int64_t>(block) * kSumBlock;
-      for (int64_t id = start; id < std::min(start + kSumBlock, n_); ++id) {
-        const double weight = weights_[static_cast<size_t>(id)];
+      for (int64_t id = start; id < std::min(start + kSumBlock, kept_.n); ++id) {
+        const double weight = kept_.weights[id];
         if (weight == 0.0) continue;
         drawn = id;
         if (left < weight) break;
         left -= weight;
       }
     }
-    return static_cast<int32_t>(drawn);
+    return kept_.ids == nullptr ? static_cast<int32_t>(drawn) : kept_.ids[drawn];
   }
 
   // `maxima_` must be those of `logits`.
@@ -247,8 +272,9 @@ class Sampler::Worker {
       out.status = RowStatus::kNothingAllowed;
       return;
     }
+    sums_.resize(sum_blocks(n_));
     sampler_rows().weights(logits, n_, largest, static_cast<float>(kLog2E), 0.0f, nullptr, sums_.data());
-    const double log_total = natural_log(row_mass());
+    const double log_total = natural_log(kept_mass());
     const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - largest - log_total); };
     const float own = logits[out.id];
     out.logprob = logprob(own);
@@ -263,27 +289,32 @@ class Sampler::Worker {
     const auto count = std::min<int64_t>(best.n, n_);
     if (count == 0) return;
     const PrefixEnd end = search_.find(logits, nullptr, n_, static_cast<double>(count), 0.0, top_k_floor(count));
-    best_.clear();
-    for (size_t block = 0; block < maxima_.size(); ++block) {
-      if (maxima_[block] < end.key) continue;
-      const int64_t start = static_cast<int64_t>(block) * kMaximaBlock;
-      for (int64_t id = start; id < std::min(start + kMaximaBlock, n_); ++id) {
-        if (logits[id] > end.key || (logits[id] == end.key && id <= end.id)) best_.push_back(static_cast<int32_t>(id));
-      }
-    }
-    std::stable_sort(best_.begin(), best_.end(), [logits](int32_t a, int32_t b) { return logits[a] > logits[b]; });
-    for (size_t i = 0; i < best_.size(); ++i) {
-      best.ids[i] = best_[i];
-      best.logprobs[i] = logprob(logits[best_[i]]);
+    best_logits_.resize(static_cast<size_t>(count) + 16);
+    best_ids_.resize(static_cast<size_t>(count) + 16);
+    const int64_t found = copy_prefix(logits, nullptr, n_, end, count, best_logits_.data(), nullptr, best_ids_.data());
+    std::stable_sort(best_ids_.begin(), best_ids_.begin() + found, [logits](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    for (int64_t i = 0; i < found; ++i) {
+      best.ids[i] = best_ids_[static_cast<size_t>(i)];
+      best.logprobs[i] = logprob(logits[best.ids[i]]);
     }
   }
+
+  // What the filters have left of a row: the row itself with weights of zero, or a copy, in order of id.
+  struct Kept {
+    const float* logits;
+    float* weights;
+    const int32_t* ids;  // null: the row
+    int64_t n;
+  };
 
   int64_t n_;
   std::vector<float> logits_, weights_;
   std::vector<uint32_t> occurrences_;  // all zero between rows
   std::vector<float> maxima_, sums_, order_;
   std::vector<float> keys_;  // of typical sampling, made at first use
-  std::vector<int32_t> best_;
+  std::vector<float> kept_logits_, kept_weights_, best_logits_;
+  std::vector<int32_t> kept_ids_, best_ids_;
+  Kept kept_{};
   PrefixSearch search_;
 };
 
