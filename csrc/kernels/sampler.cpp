@@ -17,6 +17,7 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kCopiedShare = 4;  // a filter that leaves less of the row than one in so many tokens copies them
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2E = 1.44269504088896340736;
 
@@ -52,7 +53,7 @@ class Sampler::Worker {
 
   int64_t bytes() const {
     const size_t words = logits_.size() + weights_.size() + occurrences_.size() + keys_.size() + sums_.size() +
-                         maxima_.size() + order_.size() + kept_logits_.size() + kept_weights_.size() + kept_ids_.size();
+                         maxima_.size() + raw_maxima_.size() + order_.size() + kept_logits_.size() + kept_weights_.size() + kept_ids_.size();
     return static_cast<int64_t>(4 * words + search_.bytes());
   }
 
@@ -63,6 +64,7 @@ class Sampler::Worker {
       out.status = RowStatus::kNotFinite;
       return;
     }
+    if (settings.logprobs >= 0) raw_maxima_ = maxima_;
     const float* logits = adjusted(row);
     if (logits != row.logits && !sampler_rows().block_maxima(logits, n_, maxima_.data())) {
       out.status = RowStatus::kNotFinite;
@@ -75,7 +77,7 @@ class Sampler::Worker {
     }
     out.id = settings.temperature == 0.0f ? first_with(logits, largest) : draw(logits, largest, row);
     if (settings.logprobs >= 0) {
-      if (logits != row.logits) sampler_rows().block_maxima(row.logits, n_, maxima_.data());
+      maxima_.swap(raw_maxima_);
       read_logprobs(row.logits, out, best);
     }
   }
@@ -175,7 +177,7 @@ class Sampler::Worker {
     const float bottom = std::max(static_cast<float>(largest + least * settings.temperature), kLowest);
     if (settings.top_k > 0 && settings.top_k < n_) {
       const float floor = std::max(top_k_floor(settings.top_k), bottom);
-      keep(search_.find(logits, nullptr, n_, settings.top_k, 0.0, floor), settings.top_k < n_ / 8 && (by_mass || by_typicality));
+      keep(search_.find(logits, nullptr, n_, settings.top_k, 0.0, floor), settings.top_k < n_ / kCopiedShare && (by_mass || by_typicality));
     }
     if (by_mass) {
       const double mass = kept_mass();
@@ -206,7 +208,7 @@ class Sampler::Worker {
   // Leaves the prefix of the best: the weights of all others become zero, or, if there is more to come and it is worth
   // the while, what is left is copied together.
   void keep(PrefixEnd end, bool more_to_come) {
-    const int64_t most = n_ / 8;
+    const int64_t most = n_ / kCopiedShare;
     if (more_to_come && kept_.ids == nullptr) {
       const auto room = static_cast<size_t>(most + 16);
       kept_logits_.resize(room);
@@ -310,7 +312,7 @@ class Sampler::Worker {
   int64_t n_;
   std::vector<float> logits_, weights_;
   std::vector<uint32_t> occurrences_;  // all zero between rows
-  std::vector<float> maxima_, sums_, order_;
+  std::vector<float> maxima_, raw_maxima_, sums_, order_;
   std::vector<float> keys_;  // of typical sampling, made at first use
   std::vector<float> kept_logits_, kept_weights_, best_logits_;
   std::vector<int32_t> kept_ids_, best_ids_;

@@ -5,12 +5,12 @@
 
 namespace tokenmill {
 
-inline constexpr int64_t kMaximaBlock = 64;  // elements under one maximum; a row of 152k has 2,375 maxima
+inline constexpr int64_t kMaximaBlock = 256;  // elements under one maximum; a row of 152k has 594 maxima
 inline constexpr int64_t kSumBlock = 4096;   // weights under one fp32 sum; sums of blocks are added in double
 inline constexpr int kThresholds = 8;        // thresholds tried by one pass of `above`
 
 struct SamplerRows {
-  // maxima[b] = largest of x[64 b .. 64 b + 63]. False if an element is NaN or +infinity (maxima are then unspecified).
+  // maxima[b] = largest of x[256 b .. 256 b + 255]. False if an element is NaN or +infinity (maxima are then unspecified).
   bool (*block_maxima)(const float* x, int64_t n, float* maxima);
   // weights[i] = 2^((x[i] - shift) * scale), zero below 2^-126 and below `least`; sums[b] = sum of
   // weights[4096 b .. 4096 b + 4095]. x[i] <= shift and scale > 0. `weights` may be null (only the sums are wanted).
