@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "kernels/sampler_rows.h"
@@ -53,7 +54,7 @@ PrefixEnd PrefixSearch::find(const float* keys, const float* weights, int64_t n,
       }
     }
     if (high == next_above(low)) return among_equals(rest, low, target - from_high);
-    if (copy_between(rest, low, high, copied ? rest.n : n / 8)) {
+    if (copy_between(rest, low, high, copied ? rest.n : n / 6)) {
       copied = true;
       target -= from_high;
       from_low -= from_high;
@@ -83,9 +84,8 @@ bool PrefixSearch::copy_between(View& rest, float low, float high, int64_t most)
   return true;
 }
 
-// Eight ascending thresholds around the key where the prefix would end if [low, high) were like a sample of it: keys 4, 16
-// and 48 ranks of the sample to either side. Where a few tokens that the sample missed hold much of the mass, ranks in
-// even steps.
+// Eight ascending thresholds: five around the key where the prefix would end if [low, high) were like a sample of it, and
+// three further away, because a few tokens that the sample missed may hold much of the mass.
 void PrefixSearch::guess(const View& rest, float low, float high, double wanted, double total, float* thresholds) {
   candidates_.clear();
   const auto sample = [&](const View& from) {
@@ -102,18 +102,17 @@ void PrefixSearch::guess(const View& rest, float low, float high, double wanted,
   std::sort(candidates_.begin(), candidates_.end());
   const auto last = static_cast<int64_t>(candidates_.size()) - 1;
   double mass = 0.0;
-  for (const Candidate& each : candidates_) mass += each.weight * scale;
-  const bool like_the_sample = total <= 0.0 || (total < 1.25 * mass && mass < 1.25 * total);
-  if (total > 0.0 && mass > 0.0) scale *= total / mass;
+  for (const Candidate& each : candidates_) mass += each.weight;
+  if (total > 0.0 && mass > 0.0) scale = total / mass;
   int64_t rank = 0;
   for (double sum = 0.0; rank < last; ++rank) {
     sum += candidates_[static_cast<size_t>(rank)].weight * scale;
     if (sum >= wanted) break;
   }
-  constexpr int64_t kRanksBelow[kThresholds] = {48, 16, 4, 0, 0, -4, -16, -48};
+  int64_t ranks[kThresholds] = {last, rank + 24, rank + 6, rank, rank - 6, rank - 24, rank / 4, 0};
+  std::sort(ranks, ranks + kThresholds, std::greater<>());
   for (int t = 0; t < kThresholds; ++t) {
-    const int64_t at = like_the_sample ? rank + kRanksBelow[t] : last - last * t / (kThresholds - 1);
-    thresholds[t] = candidates_[static_cast<size_t>(std::clamp<int64_t>(at, 0, last))].key;
+    thresholds[t] = candidates_[static_cast<size_t>(std::clamp<int64_t>(ranks[t], 0, last))].key;
     // Once more the same key: then just above it, which sets it apart.
     if (t > 0 && thresholds[t] <= thresholds[t - 1]) thresholds[t] = next_above(thresholds[t - 1]);
   }
