@@ -3,10 +3,10 @@
     python benchmarks/quality.py MODEL... --llama-cpp-python PEER_VENV/bin/python [--tokens 2000] [--json FILE]
 
 ``tokenmill eval kl`` on one text, for several models: Python source and documentation from the running interpreter's
-standard library, or what ``--text`` names (a file or corpus:prose, as there). The rounding of a window's first tokens stays with all that follow, so the interval is
-drawn over whole windows. Besides the native backend with fp16 and bf16 keys and values, and llama.cpp (fp16 KV, flash
-attention) on the same file and tokens, it measures how much comes from int8 activations and from the KV element alone
-(torch backend, one at a time).
+standard library, or what ``--text`` names (a file or corpus:prose, as there). The rounding of a window's first tokens
+stays with all that follow, so the interval is drawn over whole windows. Besides the native backend with fp16 and bf16
+keys and values, and llama.cpp (fp16 KV, flash attention) on the same file and tokens, it measures how much comes from
+int8 activations and from the KV element alone (torch backend, one at a time).
 
 Where other work shares the machine, OMP_NUM_THREADS=1 makes the torch backend many times faster.
 """
