@@ -51,8 +51,8 @@ def cache(tmp_path_factory):
 def model(smollm2_path, tmp_path_factory):
     """A copy that was written in pieces of 1 MiB, as a download is.
 
-    How a file was written decides how much of it the kernel maps around a touched page, so that a copy of one's own makes
-    the measure repeatable, and this size is the hardest.
+    How a file was written decides how much of it the kernel maps around a touched page: a copy of one's own makes the
+    measure repeatable, and this size is the hardest.
     """
     path = tmp_path_factory.mktemp("model") / "model.gguf"
     with smollm2_path.open("rb") as source, path.open("wb", buffering=0) as copy:

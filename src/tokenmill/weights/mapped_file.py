@@ -14,8 +14,8 @@ from tokenmill.errors import ModelFileError
 from tokenmill.weights.formats import UInt8
 
 _MAPPED_AROUND = 2 << 20
-"""Bytes around a touched page that the kernel may map with it: up to a huge page, where the page cache holds the file in
-large pieces. That depends on how the file was written; in 1 MiB pieces on ext4, half of a model stayed mapped."""
+"""Bytes around a touched page that the kernel may map with it: up to a huge page, where the page cache holds the file
+in large pieces. That depends on how the file was written: in 1 MiB pieces on ext4, half of a model stayed mapped."""
 
 
 class MappedFile:
