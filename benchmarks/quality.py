@@ -2,11 +2,11 @@
 
     python benchmarks/quality.py MODEL... --llama-cpp-python PEER_VENV/bin/python [--tokens 2000] [--json FILE]
 
-``tokenmill eval kl`` on one fixed text, for several models: Python source and documentation from the running
-interpreter's standard library. The rounding of a window's first tokens stays with all that follow, so the interval is
-drawn over whole windows. Besides the native backend with fp16 and bf16 keys and values, and llama.cpp (fp16 KV, flash
-attention) on the same file and tokens, it measures how much comes from int8 activations and from the KV element alone
-(torch backend, one at a time).
+``tokenmill eval kl`` on one text, for several models: Python source and documentation from the running interpreter's
+standard library, or what ``--text`` names (a file or corpus:prose, as there). The rounding of a window's first tokens
+stays with all that follow, so the interval is drawn over whole windows. Besides the native backend with fp16 and bf16
+keys and values, and llama.cpp (fp16 KV, flash attention) on the same file and tokens, it measures how much comes from
+int8 activations and from the KV element alone (torch backend, one at a time).
 
 Where other work shares the machine, OMP_NUM_THREADS=1 makes the torch backend many times faster.
 """
@@ -22,6 +22,7 @@ from tokenmill.bench.record import record, write_record
 from tokenmill.cache_folder import cache_folder
 from tokenmill.evaluate.divergence import DivergenceReport, measure_divergence
 from tokenmill.evaluate.runs import parse_run
+from tokenmill.evaluate.text import read_texts
 
 
 def real_text() -> str:
@@ -50,18 +51,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--window", type=int, default=128, help="tokens a window; the interval is drawn over windows")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--text", help="a UTF-8 file or corpus:code, corpus:prose, corpus:mixed")
     parser.add_argument("--no-shares", action="store_true", help="skip what activations and KV cost alone (slow)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     runs = ["native", "native/bf16"] + ([] if arguments.no_shares else ["torch/f32+int8", "torch/f16"])
     peer = arguments.llama_cpp_python
+    text = real_text() if arguments.text is None else read_texts([arguments.text])
     reports = []
     for model in arguments.models:
         report = measure_divergence(
             parse_run("torch", model),
             [parse_run(run, model) for run in runs],
             [] if peer is None else [(PEERS["llama.cpp"], peer)],
-            real_text(),
+            text,
             cache_folder() / "references",
             tokens=arguments.tokens,
             window=arguments.window,

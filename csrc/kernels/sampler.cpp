@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "kernels/philox.h"
+#include "kernels/prefix_end.h"
 #include "kernels/sampler_rows.h"
 #include "platform/float_environment.h"
 
@@ -16,6 +17,7 @@ namespace {
 
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int64_t kCopiedShare = 4;  // a filter that leaves less of the row than one in so many tokens copies them
 constexpr double kLn2 = 0.69314718055994530942;
 constexpr double kLog2E = 1.44269504088896340736;
 
@@ -36,16 +38,6 @@ double natural_log(double x) {
   return exponent * kLn2 + 2.0 * s * series;
 }
 
-struct Candidate {
-  float key;  // larger is kept first
-  float weight;
-  int32_t id;
-};
-
-bool before(const Candidate& a, const Candidate& b) { return a.key != b.key ? a.key > b.key : a.id < b.id; }
-
-enum class Measure { kCount, kMass };
-
 }  // namespace
 
 // One thread's working memory, and the work on one row.
@@ -57,12 +49,12 @@ class Sampler::Worker {
         weights_(static_cast<size_t>(vocabulary)),
         occurrences_(static_cast<size_t>(vocabulary)),
         maxima_(static_cast<size_t>((vocabulary + kMaximaBlock - 1) / kMaximaBlock)),
-        sums_(static_cast<size_t>((vocabulary + kSumBlock - 1) / kSumBlock)) {}
+        sums_(sum_blocks(vocabulary)) {}
 
   int64_t bytes() const {
     const size_t words = logits_.size() + weights_.size() + occurrences_.size() + keys_.size() + sums_.size() +
-                         maxima_.size() + key_maxima_.size() + order_.size();
-    return static_cast<int64_t>(4 * words + sizeof(Candidate) * candidates_.capacity());
+                         maxima_.size() + raw_maxima_.size() + order_.size() + kept_logits_.size() + kept_weights_.size() + kept_ids_.size();
+    return static_cast<int64_t>(4 * words + search_.bytes());
   }
 
   void sample(const SampleRow& row, SampledToken& out, const BestTokens& best) {
@@ -72,6 +64,7 @@ class Sampler::Worker {
       out.status = RowStatus::kNotFinite;
       return;
     }
+    if (settings.logprobs >= 0) raw_maxima_ = maxima_;
     const float* logits = adjusted(row);
     if (logits != row.logits && !sampler_rows().block_maxima(logits, n_, maxima_.data())) {
       out.status = RowStatus::kNotFinite;
@@ -84,7 +77,7 @@ class Sampler::Worker {
     }
     out.id = settings.temperature == 0.0f ? first_with(logits, largest) : draw(logits, largest, row);
     if (settings.logprobs >= 0) {
-      if (logits != row.logits) sampler_rows().block_maxima(row.logits, n_, maxima_.data());
+      maxima_.swap(raw_maxima_);
       read_logprobs(row.logits, out, best);
     }
   }
@@ -175,19 +168,23 @@ class Sampler::Worker {
   int32_t draw(const float* logits, float largest, const SampleRow& row) {
     const SamplerSettings& settings = *row.settings;
     const auto scale = static_cast<float>(kLog2E / settings.temperature);
-    sampler_rows().weights(logits, n_, largest, scale, weights_.data(), sums_.data());
-    // Every filter sets the weights of what it drops to zero.
+    sums_.resize(sum_blocks(n_));
+    sampler_rows().weights(logits, n_, largest, scale, settings.min_p, weights_.data(), sums_.data());
+    kept_ = {logits, weights_.data(), nullptr, n_};
+    const bool by_mass = settings.top_p < 1.0, by_typicality = settings.typical_p < 1.0;
     // Logits further down have no weight, so that no filter needs to tell them apart.
-    const float bottom = std::max(static_cast<float>(largest - 128.0 * kLn2 * settings.temperature), kLowest);
-    if (settings.min_p > 0.0f) sampler_rows().drop_below(weights_.data(), n_, settings.min_p, weights_.data(), sums_.data());
+    const double least = settings.min_p > 0.0f ? natural_log(settings.min_p) - 1e-3 : -128.0 * kLn2;
+    const float bottom = std::max(static_cast<float>(largest + least * settings.temperature), kLowest);
     if (settings.top_k > 0 && settings.top_k < n_) {
-      keep_best(logits, maxima_, Measure::kCount, settings.top_k, std::max(top_k_floor(settings.top_k), bottom), largest);
+      const float floor = std::max(top_k_floor(settings.top_k), bottom);
+      keep(search_.find(logits, nullptr, n_, settings.top_k, 0.0, floor), settings.top_k < n_ / kCopiedShare && (by_mass || by_typicality));
     }
-    if (settings.top_p < 1.0) {
-      const float floor = std::max(top_p_floor(largest, settings), bottom);
-      keep_best(logits, maxima_, Measure::kMass, settings.top_p * row_mass(), floor, largest);
+    if (by_mass) {
+      const double mass = kept_mass();
+      const float floor = std::max(top_p_floor(largest, mass, settings), bottom);
+      keep(search_.find(kept_.logits, kept_.weights, kept_.n, settings.top_p * mass, mass, floor), by_typicality);
     }
-    if (settings.typical_p < 1.0) keep_typical(logits, largest, settings);
+    if (by_typicality) keep_typical(largest, settings);
     return draw_weighted(draw_uniform(settings.seed, settings.sample_index, static_cast<uint32_t>(row.tokens.size()),
                                       DrawPurpose::kToken));
   }
@@ -201,100 +198,50 @@ class Sampler::Worker {
   }
 
   // Tokens of weight below c hold less than n c of mass; with n c half of what top_p drops, none of them is kept.
-  float top_p_floor(float largest, const SamplerSettings& settings) const {
-    const double dropped = (1.0 - settings.top_p) * row_mass();
+  float top_p_floor(float largest, double mass, const SamplerSettings& settings) const {
+    const double dropped = (1.0 - settings.top_p) * mass;
     const double weight = 0.5 * dropped / static_cast<double>(n_);
     const double logit = largest + natural_log(weight) * settings.temperature;
     return std::max(static_cast<float>(std::max<double>(logit, kLowest)), kLowest);
   }
 
-  // Keeps the shortest prefix, by key and then by id, whose count or mass reaches `target` (all keys from `floor` up if
-  // none does); at least one token. `maxima` are the keys', `largest` the largest of them. The key where the prefix ends is found by
-  // passes that try eight thresholds at once, until few enough keys are left between two of them to be sorted.
-  void keep_best(const float* keys, const std::vector<float>& maxima, Measure measure, double target, float floor, float largest) {
-    constexpr int64_t kFew = 512;
-    float low = floor, high = kInfinity;  // the prefix down to `low` reaches the target, down to `high` does not
-    double base = 0.0;                    // measure of the keys from `high` up
-    while (!gather(keys, maxima, low, high, kFew)) {
-      float thresholds[kThresholds];
-      const double top = high == kInfinity ? std::nextafter(largest, kInfinity) : high;
-      for (int t = 0; t < kThresholds; ++t) {
-        thresholds[t] = static_cast<float>(low + (top - static_cast<double>(low)) * ((t + 1) / (kThresholds + 1.0)));
+  // Leaves the prefix of the best: the weights of all others become zero, or, if there is more to come and it is worth
+  // the while, what is left is copied together.
+  void keep(PrefixEnd end, bool more_to_come) {
+    const int64_t most = n_ / kCopiedShare;
+    if (more_to_come && kept_.ids == nullptr) {
+      const auto room = static_cast<size_t>(most + 16);
+      kept_logits_.resize(room);
+      kept_weights_.resize(room);
+      kept_ids_.resize(room);
+      const int64_t left = copy_prefix(kept_.logits, kept_.weights, kept_.n, end, most, kept_logits_.data(), kept_weights_.data(), kept_ids_.data());
+      if (left >= 0) {
+        kept_ = {kept_logits_.data(), kept_weights_.data(), kept_ids_.data(), left};
+        sums_.resize(sum_blocks(left));
       }
-      if (high == kInfinity) thresholds[kThresholds - 1] = largest;  // finds many equal best tokens at once
-      if (std::nextafter(low, kInfinity) >= static_cast<float>(top)) {  // all tie at `low`: they are in order of id
-        gather(keys, maxima, low, high, n_);
-        break;
-      }
-      Above above;
-      sampler_rows().above(keys, weights_.data(), n_, thresholds, &above);
-      const float old_low = low, old_high = high;
-      for (int t = 0; t < kThresholds; ++t) {
-        const double reached = measure == Measure::kCount ? static_cast<double>(above.count[t]) : above.mass[t];
-        if (reached >= target) {
-          low = std::max(low, thresholds[t]);
-        } else {
-          base = reached;
-          high = thresholds[t];
-          break;
-        }
-      }
-      if (low == old_low && high == old_high) low = std::nextafter(low, kInfinity);  // unreachable but for rounding
     }
-    if (!std::is_sorted(candidates_.begin(), candidates_.end(), before)) {
-      std::sort(candidates_.begin(), candidates_.end(), before);
-    }
-    const auto value = [measure](const Candidate& c) { return measure == Measure::kCount ? 1.0 : static_cast<double>(c.weight); };
-    size_t last = 0;
-    while (last + 1 < candidates_.size() && base + value(candidates_[last]) < target) base += value(candidates_[last++]);
-    for (size_t i = last + 1; i < candidates_.size() && candidates_[i].key == candidates_[last].key; ++i) {
-      weights_[static_cast<size_t>(candidates_[i].id)] = 0.0f;
-    }
-    sampler_rows().drop_below(keys, n_, candidates_[last].key, weights_.data(), sums_.data());
+    drop_after(kept_.logits, end);
   }
 
-  // Fills `candidates_` with keys in [low, high), in id order. False, and incomplete, if there are more than `most`.
-  bool gather(const float* keys, const std::vector<float>& maxima, float low, float high, int64_t most) {
-    candidates_.clear();
-    for (size_t block = 0; block < maxima.size(); ++block) {
-      if (maxima[block] < low) continue;
-      const int64_t start = static_cast<int64_t>(block) * kMaximaBlock, end = std::min(start + kMaximaBlock, n_);
-      int inside = 0;  // counted first, without branches: most blocks have none
-      for (int64_t id = start; id < end; ++id) inside += static_cast<int>(keys[id] >= low) & static_cast<int>(keys[id] < high);
-      for (int64_t id = start; inside > 0 && id < end; ++id) {
-        if (keys[id] < low || keys[id] >= high) continue;
-        candidates_.push_back({keys[id], weights_[static_cast<size_t>(id)], static_cast<int32_t>(id)});
-      }
-      if (static_cast<int64_t>(candidates_.size()) > most) return false;
-    }
-    return true;
+  void drop_after(const float* keys, PrefixEnd end) {
+    // In a copy the end has another place, but all that are left of its key are in the prefix.
+    sampler_rows().drop_after(keys, kept_.n, end.key, end.id, kept_.weights, sums_.data());
   }
 
   // Keys by the distance of a token's information, -ln p, from the entropy of what the other filters left.
-  void keep_typical(const float* logits, float largest, const SamplerSettings& settings) {
-    const double total = row_mass();
+  void keep_typical(float largest, const SamplerSettings& settings) {
+    const double total = kept_mass();
     // -ln p = (largest - logit) / T + ln total, and the entropy is its mean, so ln total drops out of the difference.
-    const double mean = sampler_rows().mean_distance(logits, weights_.data(), n_, largest) / total / settings.temperature;
+    const double mean = sampler_rows().mean_distance(kept_.logits, kept_.weights, kept_.n, largest) / total / settings.temperature;
     keys_.resize(static_cast<size_t>(n_));
-    key_maxima_.resize(maxima_.size());
-    sampler_rows().centered_keys(logits, weights_.data(), n_, largest, 1.0f / settings.temperature,
+    sampler_rows().centered_keys(kept_.logits, kept_.weights, kept_.n, largest, 1.0f / settings.temperature,
                                  static_cast<float>(-mean), keys_.data());
-    sampler_rows().block_maxima(keys_.data(), n_, key_maxima_.data());
-    const auto [floor, top] = ends(keys_);
-    keep_best(keys_.data(), key_maxima_, Measure::kMass, settings.typical_p * total, floor, top);
+    drop_after(keys_.data(), search_.find(keys_.data(), kept_.weights, kept_.n, settings.typical_p * total, total, kLowest));
   }
 
-  // Smallest finite and largest element; there is a finite one.
-  static std::pair<float, float> ends(const std::vector<float>& keys) {
-    float low = kInfinity, high = -kInfinity;
-    for (const float key : keys) {
-      low = key != -kInfinity && key < low ? key : low;
-      high = key > high ? key : high;
-    }
-    return {low, high};
-  }
+  static size_t sum_blocks(int64_t n) { return static_cast<size_t>((n + kSumBlock - 1) / kSumBlock); }
 
-  double row_mass() const {
+  double kept_mass() const {
     double total = 0.0;
     for (const float sum : sums_) total += sum;
     return total;
@@ -302,22 +249,22 @@ class Sampler::Worker {
 
   // Inverse of the cumulative distribution in id order: first the block of sums, then the token in it.
   int32_t draw_weighted(double u) const {
-    double left = u * row_mass();
+    double left = u * kept_mass();
     size_t block = 0;
     while (block + 1 < sums_.size() && left >= sums_[block]) left -= sums_[block++];
     int64_t drawn = -1;
     // Rounding can carry the walk past the last token that has mass; that token is then drawn.
     for (; drawn < 0; block = block == 0 ? sums_.size() - 1 : block - 1, left = kInfinity) {
       const int64_t start = static_cast<int64_t>(block) * kSumBlock;
-      for (int64_t id = start; id < std::min(start + kSumBlock, n_); ++id) {
-        const double weight = weights_[static_cast<size_t>(id)];
+      for (int64_t id = start; id < std::min(start + kSumBlock, kept_.n); ++id) {
+        const double weight = kept_.weights[id];
         if (weight == 0.0) continue;
         drawn = id;
         if (left < weight) break;
         left -= weight;
       }
     }
-    return static_cast<int32_t>(drawn);
+    return kept_.ids == nullptr ? static_cast<int32_t>(drawn) : kept_.ids[drawn];
   }
 
   // `maxima_` must be those of `logits`.
@@ -327,8 +274,9 @@ class Sampler::Worker {
       out.status = RowStatus::kNothingAllowed;
       return;
     }
-    sampler_rows().weights(logits, n_, largest, static_cast<float>(kLog2E), nullptr, sums_.data());
-    const double log_total = natural_log(row_mass());
+    sums_.resize(sum_blocks(n_));
+    sampler_rows().weights(logits, n_, largest, static_cast<float>(kLog2E), 0.0f, nullptr, sums_.data());
+    const double log_total = natural_log(kept_mass());
     const auto logprob = [&](float logit) { return static_cast<float>(static_cast<double>(logit) - largest - log_total); };
     const float own = logits[out.id];
     out.logprob = logprob(own);
@@ -342,29 +290,34 @@ class Sampler::Worker {
     std::fill_n(best.logprobs, best.n, -kInfinity);
     const auto count = std::min<int64_t>(best.n, n_);
     if (count == 0) return;
-    const float threshold = top_k_floor(count);
-    candidates_.clear();
-    for (size_t block = 0; block < maxima_.size(); ++block) {
-      if (maxima_[block] < threshold) continue;
-      const int64_t start = static_cast<int64_t>(block) * kMaximaBlock;
-      for (int64_t id = start; id < std::min(start + kMaximaBlock, n_); ++id) {
-        if (logits[id] >= threshold) candidates_.push_back({logits[id], 0.0f, static_cast<int32_t>(id)});
-      }
-    }
-    const auto wanted = std::min(count, static_cast<int64_t>(candidates_.size()));
-    std::partial_sort(candidates_.begin(), candidates_.begin() + wanted, candidates_.end(), before);
-    for (int64_t i = 0; i < wanted; ++i) {
-      best.ids[i] = candidates_[static_cast<size_t>(i)].id;
-      best.logprobs[i] = logprob(candidates_[static_cast<size_t>(i)].key);
+    const PrefixEnd end = search_.find(logits, nullptr, n_, static_cast<double>(count), 0.0, top_k_floor(count));
+    best_logits_.resize(static_cast<size_t>(count) + 16);
+    best_ids_.resize(static_cast<size_t>(count) + 16);
+    const int64_t found = copy_prefix(logits, nullptr, n_, end, count, best_logits_.data(), nullptr, best_ids_.data());
+    std::stable_sort(best_ids_.begin(), best_ids_.begin() + found, [logits](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+    for (int64_t i = 0; i < found; ++i) {
+      best.ids[i] = best_ids_[static_cast<size_t>(i)];
+      best.logprobs[i] = logprob(logits[best.ids[i]]);
     }
   }
+
+  // What the filters have left of a row: the row itself with weights of zero, or a copy, in order of id.
+  struct Kept {
+    const float* logits;
+    float* weights;
+    const int32_t* ids;  // null: the row
+    int64_t n;
+  };
 
   int64_t n_;
   std::vector<float> logits_, weights_;
   std::vector<uint32_t> occurrences_;  // all zero between rows
-  std::vector<float> maxima_, sums_, order_;
-  std::vector<float> keys_, key_maxima_;  // of typical sampling, made at first use
-  std::vector<Candidate> candidates_;
+  std::vector<float> maxima_, raw_maxima_, sums_, order_;
+  std::vector<float> keys_;  // of typical sampling, made at first use
+  std::vector<float> kept_logits_, kept_weights_, best_logits_;
+  std::vector<int32_t> kept_ids_, best_ids_;
+  Kept kept_{};
+  PrefixSearch search_;
 };
 
 Sampler::Sampler(int64_t vocabulary, int threads) : vocabulary_(vocabulary), pool_(threads) {

@@ -54,8 +54,7 @@ def open_bare(
         bound = bind(checkpoint.metadata, checkpoint.kind, shapes, None, checkpoint.decode)
         if limits.context > bound.config.max_position:
             raise UsageError(
-                f"the context is {limits.context} tokens; {bound.architecture} here takes at most "
-                f"{bound.config.max_position}"
+                f"the context is {limits.context} tokens; this model takes at most {bound.config.max_position}"
             )
         program = bound.program.with_kv_element(kv_element)
         weights = load_weights(checkpoint, bound, threads=threads)

@@ -298,9 +298,10 @@ class LLM:
                     )
             if len(ids) + room > self.max_model_len:
                 rest = f" with room for {room} more" if room else ""
+                longest = self.model_config.max_position
+                remedy = f" or raise max_model_len (at most {longest})" if self.max_model_len < longest else ""
                 raise PromptError(
-                    f"{name} has {len(ids)} tokens, the context takes {self.max_model_len}{rest}; "
-                    f"shorten it or raise max_model_len (the model's own maximum is {self.model_config.max_position})"
+                    f"{name} has {len(ids)} tokens, the context takes {self.max_model_len}{rest}; shorten it{remedy}"
                 )
             checked.append(np.array(ids, dtype=np.int32))
         return checked

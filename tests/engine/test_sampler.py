@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -119,12 +119,36 @@ def test_draws_follow_the_distribution_that_the_settings_define(settings: dict[s
     assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 5
 
 
+def heavy_token(rng: np.random.Generator, n: int) -> np.ndarray:
+    row = rng.normal(size=n)
+    row[n // 3] = row.max() + 9
+    return row
+
+
+ROWS = {
+    "equal": lambda rng, n: np.zeros(n),
+    "nearly equal": lambda rng, n: rng.normal(size=n) * 0.01,
+    "flat": lambda rng, n: rng.normal(size=n),
+    "usual": lambda rng, n: rng.normal(size=n) * 4,
+    "steep": lambda rng, n: rng.normal(size=n) * 40,
+    "few levels": lambda rng, n: np.round(rng.normal(size=n) * 4) / 2,
+    "two levels": lambda rng, n: np.where(rng.random(n) < 0.3, 1.0, 0.0),
+    "half excluded": lambda rng, n: np.where(rng.random(n) < 0.5, -INF, rng.normal(size=n)),
+    "heavy token": heavy_token,
+    "heavy tail": lambda rng, n: -1.1 * np.log1p(rng.permutation(n)),
+    "in order": lambda rng, n: np.sort(rng.normal(size=n) * 2),
+}
+
+
 @pytest.mark.parametrize("vocabulary", [70, 1000, 50_000])
-@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 4.0, 40.0])
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocabulary: int, spread: float) -> None:
+@pytest.mark.parametrize("row_of", ROWS.values(), ids=ROWS)
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
+    vocabulary: int, row_of: Callable[[np.random.Generator, int], np.ndarray]
+) -> None:
     """In id order, at the seed's uniform number. One token too many or too few among those kept would show."""
-    rng = np.random.default_rng(vocabulary)
-    row = (rng.normal(size=(1, vocabulary)) * spread).astype(np.float32)
+    row = np.ascontiguousarray(row_of(np.random.default_rng(vocabulary), vocabulary)[None], np.float32)
+    # Keys that tie, or nearly: which of them typical sampling keeps is a matter of the last bits.
+    ties = len(np.unique(row)) < 20 or np.ptp(row[np.isfinite(row)]) < 1
     draws = 100
     words = [_native.draw_words(seed, 0, 1) for seed in range(draws)]
     uniform = np.array([((a >> 5) * 2**26 + (b >> 6)) / 2**53 for a, b, _, _ in words])
@@ -138,9 +162,13 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(vocabulary: int, s
         {"min_p": 0.3},
         {"top_k": 40, "top_p": 0.9},
         {"typical_p": 0.7},
+        {"top_k": vocabulary // 10, "top_p": 0.9},
+        {"top_k": vocabulary // 10, "typical_p": 0.9},
+        {"top_k": vocabulary // 3, "top_p": 0.6, "typical_p": 0.8},
+        {"min_p": 0.001, "top_p": 0.05, "typical_p": 0.5},
     ):
-        if "typical_p" in settings and spread <= 0.01:
-            continue  # keys that tie, or nearly: which of them are kept is a matter of the last bits
+        if "typical_p" in settings and ties:
+            continue
         settings_of = [_native.SamplerSettings(seed=seed, **settings) for seed in range(draws)]  # type: ignore[arg-type]
         one = [np.zeros(1, np.int32)] * draws
         ids = sampler.sample(row, np.zeros(draws, np.int32), settings_of, one, np.ones(draws, np.int32))[0]
@@ -396,15 +424,18 @@ def test_each_draw_has_words_of_its_own() -> None:
 # ---- the same bits everywhere ----------------------------------------------------------------------------------------
 
 
-def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("vocabulary", [5003, 60_001])
+def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits(vocabulary: int) -> None:
     rng = np.random.default_rng(11)
     rows = 40
-    logits = np.ascontiguousarray((rng.normal(size=(rows, 5003)) * rng.uniform(0.1, 6, size=(rows, 1))), np.float32)
+    logits = np.ascontiguousarray(
+        (rng.normal(size=(rows, vocabulary)) * rng.uniform(0.1, 6, size=(rows, 1))), np.float32
+    )
     logits[::7, ::3] = np.round(logits[::7, ::3])  # ties
     settings = [
         _native.SamplerSettings(
             temperature=float(rng.choice([0.0, 0.6, 1.0, 2.0])),
-            top_k=int(rng.choice([0, 3, 300])),
+            top_k=int(rng.choice([0, 3, 300, vocabulary // 9, vocabulary // 2])),
             top_p=float(rng.choice([1.0, 0.9, 0.4])),
             min_p=float(rng.choice([0.0, 0.02])),
             typical_p=float(rng.choice([1.0, 0.8])),
@@ -415,11 +446,11 @@ def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits()
         )
         for row in range(rows)
     ]
-    tokens = [rng.integers(0, 5003, size=50).astype(np.int32) for _ in range(rows)]
+    tokens = [rng.integers(0, vocabulary, size=50).astype(np.int32) for _ in range(rows)]
     prompts = np.full(rows, 20, np.int32)
 
     def run(threads: int, order: np.ndarray) -> list[bytes]:
-        result = _native.Sampler(5003, threads).sample(
+        result = _native.Sampler(vocabulary, threads).sample(
             logits, order.astype(np.int32), [settings[r] for r in order], [tokens[r] for r in order], prompts[order]
         )
         back = np.argsort(order)

@@ -76,8 +76,8 @@ void check_sampler_rows(Checks& checks, int64_t length, std::mt19937& random) {
   expect_same_on_all_paths(checks, "sampler passes" + at, [&] {
     const SamplerRows& kernels = sampler_rows();
     std::vector<float> weights(n), sum(sums), only_sums(sums), keys(n);
-    kernels.weights(x.data(), length, shift, 1.3f, weights.data(), sum.data());
-    kernels.weights(x.data(), length, shift, 1.3f, nullptr, only_sums.data());
+    kernels.weights(x.data(), length, shift, 1.3f, 0.0f, weights.data(), sum.data());
+    kernels.weights(x.data(), length, shift, 1.3f, 0.0f, nullptr, only_sums.data());
     std::vector<uint8_t> bytes;
     append(bytes, weights);
     append(bytes, sum);
@@ -86,14 +86,29 @@ void check_sampler_rows(Checks& checks, int64_t length, std::mt19937& random) {
     kernels.centered_keys(x.data(), weights.data(), length, shift, 0.9f, -2.5f, keys.data());
     append(bytes, keys);
     const float thresholds[kThresholds] = {-kInfinity, -20.0f, -5.0f, -2.5f, -1.0f, -0.5f, 0.0f, 1.0f};
-    Above above;
-    kernels.above(keys.data(), weights.data(), length, thresholds, &above);
-    append(bytes, std::vector<double>(above.mass, above.mass + kThresholds));
-    append(bytes, std::vector<int64_t>(above.count, above.count + kThresholds));
-    kernels.drop_below(keys.data(), length, -2.5f, weights.data(), sum.data());
-    append(bytes, weights);
-    append(bytes, sum);
-    kernels.drop_below(weights.data(), length, 0.01f, weights.data(), sum.data());
+    std::vector<double> reached(kThresholds);
+    kernels.above(keys.data(), weights.data(), length, thresholds, reached.data());
+    append(bytes, reached);
+    kernels.above(keys.data(), nullptr, length, thresholds, reached.data());
+    append(bytes, reached);
+    for (const int64_t most : {length, length / 3}) {
+      std::vector<float> some_keys(n + 16), some_weights(n + 16);
+      std::vector<int32_t> ids(n + 16);
+      int64_t count = kernels.gather(keys.data(), weights.data(), nullptr, length, -5.0f, -0.5f, most, some_keys.data(), some_weights.data(), ids.data());
+      append(bytes, std::vector<int64_t>{count});
+      if (count >= 0) {
+        count = kernels.gather(some_keys.data(), some_weights.data(), ids.data(), count, -3.0f, -0.5f, count, some_keys.data(), some_weights.data(), ids.data());
+      }
+      append(bytes, some_keys);
+      append(bytes, some_weights);
+      append(bytes, ids);
+    }
+    for (const int64_t last : {int64_t{-1}, int64_t{0}, length / 2, length}) {
+      kernels.drop_after(keys.data(), length, keys[n / 2], last, weights.data(), sum.data());
+      append(bytes, weights);
+      append(bytes, sum);
+    }
+    kernels.weights(x.data(), length, shift, 1.3f, 0.01f, weights.data(), sum.data());
     append(bytes, weights);
     append(bytes, sum);
     return bytes;

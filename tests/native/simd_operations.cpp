@@ -42,6 +42,7 @@ int run(const SimdInputs& in, uint8_t* out) {
   sink.put(abs(a));
   sink.put(sqrt(abs(a)));
   sink.put(select_less(a, b, b, c));
+  sink.put(static_cast<int32_t>(less_bits(a, b)));
   const F32x16 moderate = min(set1(1e5f), max(set1(-1e5f), mul(c, set1(37.5f))));
   sink.put(round_even(moderate));
   sink.put(to_i32(moderate));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,24 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path, present, message):
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(UsageError, match=message):
         resolve(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_refused(name):
+    with pytest.raises(UsageError, match=r"name is empty.*smollm2-135m"):
+        resolve(name)
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UsageError, match="is empty; fetch it again"):
+        resolve(tmp_path / "model.gguf")
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match="neither a regular file nor a folder"):
+        resolve(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("name", ["./absent.gguf", "/absent/model.gguf", "absent.gguf", "~/absent"])

@@ -64,13 +64,14 @@ bool block_maxima(const float* x, int64_t n, float* maxima) {
   return reduce_max(unusable) == 0.0f;
 }
 
-void weights(const float* x, int64_t n, float shift, float scale, float* out, float* sums) {
-  const F32x16 shifts = set1(shift), scales = set1(scale);
+void weights(const float* x, int64_t n, float shift, float scale, float least, float* out, float* sums) {
+  const F32x16 shifts = set1(shift), scales = set1(scale), least_weights = set1(least);
   F32x16 sum = zero_f32();
   for_blocks(
       n, kSumBlock,
       [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        const F32x16 w = exp2_unfused(mul(sub(load_row(x + i, lanes, -kInfinity), shifts), scales));
+        F32x16 w = exp2_unfused(mul(sub(load_row(x + i, lanes, -kInfinity), shifts), scales));
+        w = select_less(w, least_weights, zero_f32(), w);
         if (out != nullptr) store_row(out + i, w, lanes);
         sum = add(sum, w);
       },
@@ -80,43 +81,73 @@ void weights(const float* x, int64_t n, float shift, float scale, float* out, fl
       });
 }
 
-void above(const float* keys, const float* weights, int64_t n, const float* thresholds, Above* out) {
-  F32x16 threshold[kThresholds], mass[kThresholds], count[kThresholds];
+template <bool kCounts>
+TM_INLINE void sum_above(const float* keys, const float* weights, int64_t n, const float* thresholds, double* reached) {
+  F32x16 threshold[kThresholds], sum[kThresholds];
 #pragma GCC unroll 8
   for (int t = 0; t < kThresholds; ++t) {
     threshold[t] = set1(thresholds[t]);
-    mass[t] = count[t] = zero_f32();
-    out->mass[t] = 0.0;
-    out->count[t] = 0;
+    sum[t] = zero_f32();
+    reached[t] = 0.0;
   }
   for_blocks(
       n, kSumBlock,
       [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        const F32x16 key = load_row(keys + i, lanes, -kInfinity), weight = load_row(weights + i, lanes, 0.0f);
+        const F32x16 key = load_row(keys + i, lanes, -kInfinity);
+        const F32x16 weight = kCounts ? keep_first(set1(1.0f), lanes, zero_f32()) : load_row(weights + i, lanes, 0.0f);
 #pragma GCC unroll 8
-        for (int t = 0; t < kThresholds; ++t) {
-          mass[t] = add(mass[t], select_less(key, threshold[t], zero_f32(), weight));
-          count[t] = add(count[t], select_less(key, threshold[t], zero_f32(), set1(1.0f)));
-        }
+        for (int t = 0; t < kThresholds; ++t) sum[t] = add(sum[t], select_less(key, threshold[t], zero_f32(), weight));
       },
       [&](int64_t) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int t = 0; t < kThresholds; ++t) {
-          out->mass[t] += reduce_add(mass[t]);
-          out->count[t] += static_cast<int64_t>(reduce_add(count[t]));
-          mass[t] = count[t] = zero_f32();
+          reached[t] += reduce_add(sum[t]);
+          sum[t] = zero_f32();
         }
       });
 }
 
-void drop_below(const float* keys, int64_t n, float threshold, float* weights, float* sums) {
-  const F32x16 limit = set1(threshold);
+void above(const float* keys, const float* weights, int64_t n, const float* thresholds, double* reached) {
+  if (weights == nullptr) {
+    sum_above<true>(keys, weights, n, thresholds, reached);
+  } else {
+    sum_above<false>(keys, weights, n, thresholds, reached);
+  }
+}
+
+int64_t gather(const float* keys, const float* weights, const int32_t* ids, int64_t n, float low, float high, int64_t most,
+               float* out_keys, float* out_weights, int32_t* out_ids) {
+  const F32x16 lows = set1(low), highs = set1(high);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32x16 key = load_row(keys + i, n - i < kLanes ? static_cast<int>(n - i) : kLanes, kInfinity);
+    for (uint32_t inside = less_bits(key, highs) & ~less_bits(key, lows); inside != 0; inside &= inside - 1) {
+      const int64_t from = i + __builtin_ctz(inside);
+      out_keys[count] = keys[from];
+      if (weights != nullptr) out_weights[count] = weights[from];
+      out_ids[count] = ids != nullptr ? ids[from] : static_cast<int32_t>(from);
+      ++count;
+    }
+    if (count > most) return -1;
+  }
+  return count;
+}
+
+void drop_after(const float* keys, int64_t n, float key, int64_t last, float* weights, float* sums) {
+  const F32x16 limit = set1(key);
   F32x16 sum = zero_f32();
   for_blocks(
       n, kSumBlock,
       [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        const F32x16 key = load_row(keys + i, lanes, -kInfinity), weight = load_row(weights + i, lanes, 0.0f);
-        const F32x16 kept = select_less(key, limit, zero_f32(), weight);
+        const F32x16 row_key = load_row(keys + i, lanes, -kInfinity), weight = load_row(weights + i, lanes, 0.0f);
+        // Lanes up to `last` keep equal keys, the others larger keys only.
+        const int64_t equal = last + 1 - i;
+        const F32x16 not_less = select_less(row_key, limit, zero_f32(), weight);
+        F32x16 kept = not_less;
+        if (equal < kLanes) {
+          const F32x16 larger = select_less(limit, row_key, weight, zero_f32());
+          kept = keep_first(not_less, equal < 0 ? 0 : static_cast<int>(equal), larger);
+        }
         store_row(weights + i, kept, lanes);
         sum = add(sum, kept);
       },
@@ -158,6 +189,6 @@ void centered_keys(const float* x, const float* weights, int64_t n, float shift,
 
 }  // namespace
 
-extern const SamplerRows sampler_rows_table = {block_maxima, weights, above, drop_below, mean_distance, centered_keys};
+extern const SamplerRows sampler_rows_table = {block_maxima, weights, above, gather, drop_after, mean_distance, centered_keys};
 
 }  // namespace tokenmill::TM_ISA

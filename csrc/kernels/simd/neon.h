@@ -58,6 +58,12 @@ TM_INLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
   return {vbslq_f32(vcltq_f32(a.q0, b.q0), x.q0, y.q0), vbslq_f32(vcltq_f32(a.q1, b.q1), x.q1, y.q1),
           vbslq_f32(vcltq_f32(a.q2, b.q2), x.q2, y.q2), vbslq_f32(vcltq_f32(a.q3, b.q3), x.q3, y.q3)};
 }
+TM_INLINE uint32_t less_bits(F32x16 a, F32x16 b) {
+  const uint32_t places[4] = {1, 2, 4, 8};
+  const uint32x4_t bits = vld1q_u32(places);
+  return vaddvq_u32(vandq_u32(vcltq_f32(a.q0, b.q0), bits)) | vaddvq_u32(vandq_u32(vcltq_f32(a.q1, b.q1), bits)) << 4 |
+         vaddvq_u32(vandq_u32(vcltq_f32(a.q2, b.q2), bits)) << 8 | vaddvq_u32(vandq_u32(vcltq_f32(a.q3, b.q3), bits)) << 12;
+}
 TM_INLINE F32x16 round_even(F32x16 a) { TM_UNARY(F32x16, vrndnq_f32); }
 TM_INLINE I32x16 to_i32(F32x16 a) { TM_UNARY(I32x16, vcvtnq_s32_f32); }
 TM_INLINE F32x16 to_f32(I32x16 a) { TM_UNARY(F32x16, vcvtq_f32_s32); }

@@ -33,6 +33,11 @@ TM_OUTLINE F32x16 min(F32x16 a, F32x16 b) { TM_EACH(F32x16, a.v[i] < b.v[i] ? a.
 TM_OUTLINE F32x16 abs(F32x16 a) { TM_EACH(F32x16, __builtin_fabsf(a.v[i])); }
 TM_OUTLINE F32x16 sqrt(F32x16 a) { TM_EACH(F32x16, __builtin_sqrtf(a.v[i])); }
 TM_OUTLINE F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { TM_EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
+TM_OUTLINE uint32_t less_bits(F32x16 a, F32x16 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+  return bits;
+}
 // Exact below 2^22 in magnitude; every caller rounds values far smaller than that.
 TM_OUTLINE F32x16 round_even(F32x16 a) { TM_EACH(F32x16, __builtin_copysignf((a.v[i] + 12582912.0f) - 12582912.0f, a.v[i])); }
 TM_OUTLINE I32x16 to_i32(F32x16 a) {

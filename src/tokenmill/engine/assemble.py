@@ -176,7 +176,7 @@ def _check_instruction_set() -> None:
 def _check_context(config: EngineConfig, bound: BoundModel) -> None:
     longest = bound.config.max_position
     if config.max_model_len is not None and config.max_model_len > longest:
-        raise UsageError(f"max_model_len is {config.max_model_len}; {bound.architecture} here takes at most {longest}")
+        raise UsageError(f"max_model_len is {config.max_model_len}; this model takes at most {longest}")
 
 
 def _tokenizer_cache(config: EngineConfig, checkpoint: Checkpoint) -> Path | None:

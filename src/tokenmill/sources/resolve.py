@@ -14,6 +14,10 @@ from tokenmill.sources.progress import PullProgress, TerminalProgress
 from tokenmill.sources.pull import is_pulled, pull
 
 _GGUF_MAGIC = b"GGUF"
+_WHAT_TO_NAME = (
+    f"Known names: {', '.join(CATALOGUE)}. Or name a .gguf file, a folder with config.json and safetensors, or "
+    "org/name on the Hugging Face hub."
+)
 
 
 def resolve(model: str | Path, progress: PullProgress | None = None) -> Path:
@@ -26,6 +30,8 @@ def resolve(model: str | Path, progress: PullProgress | None = None) -> Path:
     Raises UsageError if ``model`` is none of these, ModelUnavailableError if it cannot be fetched.
     """
     name = str(model)
+    if not name.strip():
+        raise UsageError(f"the model's name is empty. {_WHAT_TO_NAME}")
     if name in CATALOGUE:
         return _catalogue_file(name, progress)
     path = expand_home(name)
@@ -33,6 +39,8 @@ def resolve(model: str | Path, progress: PullProgress | None = None) -> Path:
         return _gguf_file(path)
     if path.is_dir():
         return _checkpoint_folder(path)
+    if path.exists():
+        raise UsageError(f"{path} is neither a regular file nor a folder")
     reference = None if _looks_like_path(name) else parse_reference(name)
     if reference is None:
         raise UsageError(_unknown(name))
@@ -65,6 +73,8 @@ def _gguf_file(path: Path) -> Path:
             magic = stream.read(len(_GGUF_MAGIC))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if not magic:
+        raise UsageError(f"{path} is empty; fetch it again")
     if magic != _GGUF_MAGIC:
         raise UsageError(f"{path} is not a GGUF file (it does not start with {_GGUF_MAGIC.decode()!r})")
     return path
@@ -94,7 +104,4 @@ def _unknown(name: str) -> str:
 
     close = difflib.get_close_matches(name, CATALOGUE, n=1, cutoff=0.5)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return (
-        f"unknown model {name!r}.{hint} Known names: {', '.join(CATALOGUE)}. Or name a .gguf file, a folder with "
-        f"config.json and safetensors, or org/name on the Hugging Face hub."
-    )
+    return f"unknown model {name!r}.{hint} {_WHAT_TO_NAME}"
