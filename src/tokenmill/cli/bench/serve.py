@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenmill.cli.bench.options import JsonFile, Plot, numbers, write
+from tokenmill.cli.measuring import JsonFile, Plot, numbers, write
 from tokenmill.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
