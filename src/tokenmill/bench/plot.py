@@ -115,7 +115,7 @@ def draw_roofline(path: Path, figures: Figures) -> None:
         begin = peak / max(slopes.values())
         axes.plot([begin, intensity[-1]], [peak, peak], color=f"C{colour}", linewidth=2.5)
         label = f"{kind} {peak / 1e12:.2f} T/s"
-        axes.text(intensity[-1], peak * 1.06, label, ha="right", va="bottom", color=f"C{colour}")
+        axes.text(intensity[-1] * 0.95, peak * 1.06, label, ha="right", va="bottom", color=f"C{colour}")
         ridge = peak / slopes["memory"]
         axes.plot(ridge, peak, "o", color=f"C{colour}")
         axes.annotate(f"{ridge:.0f}", (ridge, peak), (4, -12), textcoords="offset points", color=f"C{colour}")
@@ -194,7 +194,8 @@ def draw_needles(path: Path, figures: Figures) -> None:
         axes.set_xticks(range(columns), [str(length) for length in found["lengths"]])
         for y, line in enumerate(found["found"]):
             for x, share in enumerate(line):
-                axes.text(x, y, f"{share:.2g}", ha="center", va="center")
+                colour = "black" if 0.2 < share < 0.8 else "white"
+                axes.text(x, y, f"{share:.2g}", ha="center", va="center", color=colour)
         axes.set(title=_model(found), xlabel="tokens")
     panels[0].set_ylabel("depth of the fact")
     figure.colorbar(image, ax=panels, label="share found")

@@ -132,5 +132,5 @@ def _headline(records: Sequence[Record]) -> list[str]:
     general = {"prefill": "prefill", "decode": "decode", "output": "many requests"}
     head = [next(iter(heads[name])) if len(heads[name]) == 1 else text for name, text in general.items()]
     rows = [(*place, *(own.get(name, "not measured") for name in general)) for place, own in ratios.items()]
-    about = "Tokenmill's tokens per second over the other engine's, same file and threads; median of rounds in turn (range):"
+    about = "Tokenmill's tokens per second over the other engine's on the same file: median of rounds in turn (range)."
     return [about, "", *table(("model", "beside", *head), rows)]
