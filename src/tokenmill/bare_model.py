@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from tokenmill.backends.backend import Backend, StepLimits
+from tokenmill.engine.assemble import DecodedWeights, planned_scratch, stored_bytes
+from tokenmill.engine.ledger import MemoryLedger, memory_budget
 from tokenmill.errors import UsageError
 from tokenmill.models import BoundModel, bind
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
@@ -41,12 +43,15 @@ def open_bare(
     kv_element: KvElement = KvElement.F16,
     emulate_activations: bool = False,
     threads: int = 0,
+    memory: int | str | None = None,
+    beside: int = 0,
 ) -> Iterator[BareModel]:
     """Opens the model at ``path`` with KV pages for ``limits.sequences`` sequences of ``limits.context`` slots.
 
     The torch backend computes in fp32 on the decoded weights; ``emulate_activations`` makes it round activations to
-    int8 as the native one does. Raises ModelFileError, UnsupportedModelError, and UsageError for a context that is
-    longer than the model's.
+    int8 as the native one does. ``memory`` is the budget as in ``LLM``, ``beside`` what the caller will use of it, in
+    bytes. Raises ModelFileError, UnsupportedModelError, UsageError for a context that is longer than the model's, and
+    MemoryLimitError, before anything is loaded, if it does not fit.
     """
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
@@ -57,9 +62,20 @@ def open_bare(
                 f"the context is {limits.context} tokens; this model takes at most {bound.config.max_position}"
             )
         program = bound.program.with_kv_element(kv_element)
+        pages = [limits.sequences * -(-limits.context // PAGE_TOKENS)] * len(program.kv_groups)
+        decoded = DecodedWeights(checkpoint, bound).nbytes if backend == "torch" else 0
+        MemoryLedger(
+            memory_budget(memory),
+            weights=stored_bytes(checkpoint, bound) + decoded,
+            kv=sum(count * spec.page_bytes for count, spec in zip(pages, program.kv_groups, strict=True)),
+            scratch=planned_scratch(program, limits, threads) + beside,
+            kv_pages=tuple(pages),
+            groups=program.kv_groups,
+            max_model_len=limits.context,
+            max_num_seqs=limits.sequences,
+        ).checked("take a smaller model or a shorter context, or raise memory")
         weights = load_weights(checkpoint, bound, threads=threads)
         stack.callback(weights.close)
-        pages = [limits.sequences * -(-limits.context // PAGE_TOKENS)] * len(program.kv_groups)
         made: Backend
         if backend == "torch":
             from tokenmill.backends.torch import TorchBackend

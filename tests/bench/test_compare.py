@@ -17,7 +17,9 @@ from tokenmill.bench import compare as comparing
 from tokenmill.bench import worker_process
 from tokenmill.bench.compare import Workload, compare
 from tokenmill.bench.peers import PEERS, Peer, environment_python, install, parse_peer, problem
+from tokenmill.bench.roofline import Limits
 from tokenmill.bench.spread import Spread, pair_ratios
+from tokenmill.bench.work import model_work
 from tokenmill.bench.worker_process import WORKERS, WorkerError, WorkerProcess
 from tokenmill.cli import app
 from tokenmill.errors import UsageError
@@ -64,7 +66,7 @@ def workers(tmp_path, monkeypatch):
     for name in ("__main__.py", "protocol.py"):
         shutil.copy(WORKERS / name, folder)
     monkeypatch.setattr(worker_process, "WORKERS", folder)
-    monkeypatch.setattr(comparing, "_limits", lambda threads: comparing._Limits(1e10, 1e12))
+    monkeypatch.setattr(comparing.Limits, "now", lambda threads: Limits(1e10, 1e12))
     monkeypatch.setenv("FAKE_LOG", str(log))
     monkeypatch.setenv("TOKENMILL_CACHE", str(tmp_path / "cache"))
 
@@ -90,11 +92,13 @@ def test_engines_run_in_turn_and_ratios_are_taken_within_a_round(workers, model)
     result = compare(model, [make("slow", 1.0), make("slower", 2.0)], SMALL, rounds=2, threads=1)
     assert log.read_text().split("\n")[:-1] == [f"{n} latency" for n in ("tokenmill", "slow", "slower")] * 3
     ours, slow, slower = result.engines
-    assert ours.spreads["prefill_tokens_per_second"].median == pytest.approx(8 / 0.5)
-    assert ours.spreads["decode_tokens_per_second"].median == pytest.approx(3 / 0.5)
-    assert slow.ratios["decode_tokens_per_second"].samples == pytest.approx((2.0, 2.0))
-    assert slower.ratios["prefill_tokens_per_second"].median == pytest.approx(4.0)
-    assert ours.ratios == {}
+    assert ours.metrics["prefill"].rate.median == pytest.approx(8 / 0.5)
+    assert ours.metrics["decode"].rate.median == pytest.approx(3 / 0.5)
+    assert slow.metrics["decode"].ratio.samples == pytest.approx((2.0, 2.0))
+    assert slower.metrics["prefill"].ratio.median == pytest.approx(4.0)
+    assert ours.metrics["decode"].ratio is None
+    least = model_work(model).prefill_seconds(8, Limits(1e10, 1e12))
+    assert slow.metrics["prefill"].shares == pytest.approx([least, least])
     assert slow.settings == {"threads": 1}
     assert slow.build == "build line"
 
@@ -102,8 +106,8 @@ def test_engines_run_in_turn_and_ratios_are_taken_within_a_round(workers, model)
 def test_throughput_counts_the_tokens_of_all_requests(workers, model):
     make, _ = workers
     result = compare(model, [make("peer", 2.0)], Workload("throughput", 3, 8, 4), rounds=1, threads=1)
-    assert result.engines[1].spreads["output_tokens_per_second"].median == pytest.approx(3 * 4 / 2.0)
-    assert result.engines[1].ratios["output_tokens_per_second"].median == pytest.approx(4.0)
+    assert result.engines[1].metrics["output"].rate.median == pytest.approx(3 * 4 / 2.0)
+    assert result.engines[1].metrics["output"].ratio.median == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +128,12 @@ def test_one_engine_fails_and_the_others_go_on(workers, model, fault, expected):
     result = compare(model, peers, SMALL, rounds=2, threads=1, timeout=3)
     ours, broken, sound = result.engines
     assert expected in broken.error
-    assert len(ours.spreads["decode_tokens_per_second"].samples) == 2
-    assert sound.ratios["decode_tokens_per_second"].median == pytest.approx(2.0)
+    assert len(ours.metrics["decode"].rate.samples) == 2
+    assert sound.metrics["decode"].ratio.median == pytest.approx(2.0)
     if "late" in expected:  # what came before the failure still counts
-        assert broken.ratios["decode_tokens_per_second"].samples == pytest.approx((2.0,))
+        assert broken.metrics["decode"].ratio.samples == pytest.approx((2.0,))
     else:
-        assert "decode_tokens_per_second" not in broken.ratios
+        assert "decode" not in broken.metrics or broken.metrics["decode"].ratio is None
 
 
 def test_a_missing_environment_and_a_missing_module_are_told_apart(tmp_path, monkeypatch):

@@ -196,7 +196,11 @@ def test_a_sweep_is_one_run_for_each_load(server, tmp_path):
     arguments = ["bench", "serve", server.url, "--model", "m", "--concurrency", "1,2", "--requests", "4"]
     result = CliRunner().invoke(app, [*arguments, "--output-tokens", "2", "--ttft", "60000", "--json", str(report)])
     assert result.exit_code == 0, result.output
-    assert [run["load"] for run in json.loads(report.read_text())["runs"]] == [1.0, 2.0]
+    runs = json.loads(report.read_text())["runs"]
+    assert [run["load"] for run in runs] == [1.0, 2.0]
+    assert [(run["output_tokens"], run["asked_tokens"]) for run in runs] == [(8, 8), (8, 8)]
+    prompts = [tuple(body["prompt"]) for _, body in server.bodies]
+    assert len(set(prompts)) == len(prompts) == 8, "a later run would find an earlier one's prompts cached"
     result = CliRunner().invoke(
         app, ["bench", "serve", server.url, "--model", "m", "--rate", "50,100", "--requests", "4"]
     )

@@ -17,27 +17,29 @@ RESULTS = ROOT / "docs" / "results"
 
 
 def spread(value):
-    return {"median": value, "low": value - 1, "high": value + 1, "samples": [value]}
+    return {"median": value, "low": value - 1, "high": value + 1, "samples": [value, value]}
+
+
+def metric(value, ratio=None):
+    samples = {"samples": [value], "shares": [0.5]}
+    return {**samples, "rate": value and spread(value), "share": value and spread(0.5), "ratio": ratio}
 
 
 def comparison(name="peer"):
-    rates = {"prefill_tokens_per_second": [8.0], "decode_tokens_per_second": [4.0]}
     ours = {
         "name": "tokenmill",
         "version": "1",
         "build": "avx",
         "settings": {},
         "error": None,
-        "samples": rates,
-        "spreads": {name: spread(value[0]) for name, value in rates.items()},
-        "ratios": {},
+        "metrics": {"prefill": metric(8.0), "decode": metric(4.0)},
     }
-    ours["spreads"]["decode_share_of_bandwidth"] = spread(0.5)
-    other = {**ours, "name": name, "ratios": {"decode_tokens_per_second": spread(3.25)}}
-    broken = {**ours, "name": "broken", "build": "", "error": "it died; /some/path", "spreads": {}, "ratios": {}}
+    other = {**ours, "name": name, "metrics": {"prefill": metric(8.0), "decode": metric(4.0, spread(3.25))}}
+    nothing = {"prefill": metric(None), "decode": metric(None)}
+    broken = {**ours, "name": "broken", "build": "", "error": "it died; /some/path", "metrics": nothing}
     workload = {"name": "latency", "requests": 1, "input_tokens": 8, "output_tokens": 4}
     return {
-        "model": "m",
+        "model": "/somewhere/m.gguf",
         "comparisons": [{"workload": workload, "threads": 2, "rounds": 3, "engines": [ours, other, broken]}],
     }
 
@@ -56,7 +58,10 @@ def test_a_page_holds_rates_shares_ratios_failures_and_the_command(tmp_path, mon
     assert "- broken failed: it died\n" in page.text
     assert "tokenmill bench compare m --peer 'a b'" in page.text
     assert "/somewhere" not in page.text
-    assert "| m | peer | not measured | 3.25 (2.25 to 4.25) | not measured |" in page.headline
+    assert "| m | peer | failed | 3.25 (2.25 to 4.25) | not measured |" in page.headline
+    assert "| model | beside | prefill of 8 tokens | decode after 8 | many requests |" in page.headline
+    assert "| broken | failed |" in page.text
+    assert list(page.pictures) == ["a.svg"]
 
 
 def test_the_headline_goes_between_the_readme_s_markers(tmp_path):
@@ -84,12 +89,18 @@ def test_files_that_are_no_results_are_named(tmp_path):
 
 def test_the_verb_writes_page_and_readme(tmp_path):
     write(tmp_path / "a.json", "compare", comparison())
+    pytest.importorskip("matplotlib")
     page, readme = tmp_path / "page.md", tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n")
     result = CliRunner().invoke(app, ["bench", "report", str(tmp_path), "--out", str(page), "--readme", str(readme)])
     assert result.exit_code == 0, result.output
     assert "## Beside other engines" in page.read_text()
     assert "3.25" in readme.read_text()
+    assert "](pictures/a.svg)" in page.read_text()
+    drawn = (tmp_path / "pictures" / "a.svg").read_text()
+    assert "tokenmill" in drawn or "<svg" in drawn
+    CliRunner().invoke(app, ["bench", "report", str(tmp_path / "a.json"), "--out", str(page)])
+    assert (tmp_path / "pictures" / "a.svg").read_text() == drawn
 
 
 def test_the_committed_pages_are_those_of_the_committed_results():
@@ -97,3 +108,4 @@ def test_the_committed_pages_are_those_of_the_committed_results():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == page.text
     readme = (ROOT / "README.md").read_text()
     assert with_headline(readme, page.headline) == readme
+    assert {path.name for path in (ROOT / "docs" / "pictures").glob("*.svg")} == set(page.pictures)

@@ -17,7 +17,7 @@ from tokenmill.errors import UsageError
 
 
 def test_each_combination_is_measured_once(smollm2_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenmill.bench.sweep.MEMORY_WORKING_SET", 1 << 20)
+    monkeypatch.setattr("tokenmill.bench.roofline.MEMORY_WORKING_SET", 1 << 20)
     report, picture = tmp_path / "sweep.json", tmp_path / "sweep.svg"
     arguments = ["bench", "latency", str(smollm2_path), "--prompt-tokens", "3,9", "--depth", "0,32", "--batch", "1,2"]
     more = ["--output-tokens", "3", "--rounds", "1", "--threads", "1", "--json", str(report), "--plot", str(picture)]

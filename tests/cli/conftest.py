@@ -99,5 +99,5 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> FakeLLM:
     """What `generate` and `chat` open instead of a model."""
     llm = FakeLLM()
     for verb in ("generate", "chat"):
-        monkeypatch.setattr(importlib.import_module(f"tokenmill.cli.{verb}"), "open_model", lambda model, **_: llm)
+        monkeypatch.setattr(importlib.import_module(f"tokenmill.cli.{verb}"), "open_model", lambda *_, **__: llm)
     return llm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from itertools import islice
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tokenmill.cli import app
-from tokenmill.errors import UsageError
+from tokenmill.errors import MemoryLimitError, UsageError
 from tokenmill.evaluate import text as texts
 from tokenmill.evaluate.kl import kl_divergence
 from tokenmill.evaluate.reference import ReferenceError, stored_reference
@@ -275,15 +276,28 @@ def test_perplexity_of_two_backends_is_paired(smollm2_path, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     report, log = tmp_path / "report.json", tmp_path / "log.jsonl"
     shared = ["--text", tmp_path / "text", "--tokens", "60", "--window", "32", "--json", report, "--log", log]
+    shared += ["--peer", f"llama.cpp={sys.executable}"]
     output = run_verb("perplexity", smollm2_path, "--vs", f"{smollm2_path}@torch", *shared)
-    assert "perplexity of the first over the second: 1.0" in output or "0.9" in output
+    assert "first / it" in output
     record = json.loads(report.read_text())
     first, second = record["runs"]
     assert first["tokens"] == second["tokens"] == 59 + (first["tokens"] == 60)
     assert first["perplexity"] == pytest.approx(second["perplexity"], rel=0.1)
-    assert record["difference"]["lower"] <= record["difference"]["value"] <= record["difference"]["upper"]
+    assert first["difference"] is None
+    assert second["difference"]["lower"] <= second["difference"]["value"] <= second["difference"]["upper"]
+    assert second["difference"]["value"] == pytest.approx(first["nll"]["value"] - second["nll"]["value"])
+    assert "no module" in record["errors"]["llama.cpp"]
     assert (tmp_path / "log-0.jsonl").exists()
     assert {"model_sha256", "text_sha256", "command"} <= record.keys()
+
+
+def test_a_run_that_does_not_fit_the_memory_is_refused_before_anything_is_loaded(smollm2_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenmill.cache_folder.cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("tokenmill.bare_model.load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
+    (tmp_path / "text").write_text(TEXT)
+    for verb in (["perplexity", smollm2_path], ["kl", smollm2_path, "--tokens", "32", "--window", "32"]):
+        with pytest.raises(MemoryLimitError, match=r"needs .* memory=200MB allows 200 MB; take a smaller model"):
+            run_verb(*verb, "--text", tmp_path / "text", "--memory", "200MB")
 
 
 def test_kl_of_runs_against_a_stored_reference(smollm2_path, tmp_path, monkeypatch):

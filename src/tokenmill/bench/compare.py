@@ -17,13 +17,12 @@ from typing import Any
 from tokenmill import _native
 from tokenmill.bench.latency import random_prompts
 from tokenmill.bench.peers import Peer, peers_folder, problem
-from tokenmill.bench.roofline import MEMORY_WORKING_SET
+from tokenmill.bench.roofline import Limits
 from tokenmill.bench.spread import Spread, pair_ratios
 from tokenmill.bench.work import ModelWork, model_work
 from tokenmill.bench.worker_process import WorkerError, WorkerProcess
 
 OURS = "tokenmill"
-_LIMIT_SECONDS = 0.15
 _WARM_UP_TOKENS = 4
 
 
@@ -47,8 +46,21 @@ THROUGHPUT = Workload("throughput", 32, 128, 64)
 
 
 @dataclass(slots=True)
+class Metric:
+    """One rate of one engine in tokens per second, one value a round, None where the engine failed."""
+
+    samples: list[float | None] = field(default_factory=list)
+    shares: list[float | None] = field(default_factory=list)
+    """Of the limits just before and after: the least time of Tokenmill's work on this file over the time taken."""
+    rate: Spread | None = None
+    share: Spread | None = None
+    ratio: Spread | None = None
+    """Tokenmill's rate over this engine's, round by round."""
+
+
+@dataclass(slots=True)
 class EngineResult:
-    """What one engine did. ``samples`` maps a metric to one value a round, None where the engine failed."""
+    """What one engine did. ``metrics`` are prefill and decode of one request, or output of many."""
 
     name: str
     version: str = ""
@@ -57,12 +69,7 @@ class EngineResult:
     load_seconds: float | None = None
     error: str | None = None
     """Why it has no samples, or fewer than the others."""
-    samples: dict[str, list[float | None]] = field(default_factory=dict)
-    shares: dict[str, list[float | None]] = field(default_factory=dict)
-    """Of the limits just before and after: decode of bandwidth, prefill of the int8 peak, for the work of this file."""
-    spreads: dict[str, Spread] = field(default_factory=dict)
-    ratios: dict[str, Spread] = field(default_factory=dict)
-    """Tokenmill's rate over this engine's, round by round."""
+    metrics: dict[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -75,12 +82,6 @@ class Comparison:
     engines: list[EngineResult]
     memory_read_bytes_per_second: Spread | None = None
     int8_operations_per_second: Spread | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Limits:
-    read: float
-    int8: float
 
 
 def compare(
@@ -102,7 +103,7 @@ def compare(
     work = model_work(model)
     results = [EngineResult(OURS), *(EngineResult(peer.name) for peer, _ in peers)]
     workers: list[WorkerProcess | None] = []
-    limits: list[_Limits] = []
+    limits: list[Limits] = []
     try:
         for result, (peer, python) in zip(results, [(None, sys.executable), *peers], strict=True):
             say(f"{workload.name}: opening {result.name}")
@@ -112,14 +113,14 @@ def compare(
         for result, worker in zip(results, workers, strict=True):
             say(f"{workload.name}: warm-up, {result.name}")
             _measure(result, worker, warm_up, prompts[0], timeout)
-        before = _limits(threads)
+        before = Limits.now(threads)
         for number in range(1, rounds + 1):
             for result, worker in zip(results, workers, strict=True):
                 say(f"{workload.name}: round {number} of {rounds}, {result.name}")
-                rates = _measure(result, worker, workload, prompts[number], timeout)
-                after = _limits(threads)
-                limits.append(_Limits(max(before.read, after.read), max(before.int8, after.int8)))
-                _keep(result, rates, workload, work, limits[-1])
+                times = _measure(result, worker, workload, prompts[number], timeout)
+                after = Limits.now(threads)
+                limits.append(before.best(after))
+                _keep(result, times, workload, work, limits[-1])
                 before = after
     finally:
         for worker in workers:
@@ -131,28 +132,14 @@ def compare(
         threads,
         rounds,
         results,
-        Spread.of([limit.read for limit in limits]),
+        Spread.of([limit.memory for limit in limits]),
         Spread.of([limit.int8 for limit in limits]),
     )
-
-
-def metrics(workload: Workload) -> tuple[str, ...]:
-    """Names of the rates that a workload has, all in tokens per second."""
-    if workload.alone:
-        return ("prefill_tokens_per_second", "decode_tokens_per_second")
-    return ("output_tokens_per_second",)
 
 
 def _prompts(workload: Workload, sets: int, vocab_size: int) -> list[list[list[int]]]:
     ids = random_prompts(sets * workload.requests, workload.input_tokens, vocab_size, seed=workload.input_tokens)
     return [ids[i * workload.requests : (i + 1) * workload.requests] for i in range(sets)]
-
-
-def _limits(threads: int) -> _Limits:
-    return _Limits(
-        _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, _LIMIT_SECONDS),
-        _native.int8_operations_per_second(threads, _LIMIT_SECONDS / 3),
-    )
 
 
 def _open(
@@ -198,8 +185,8 @@ def own_environment() -> dict[str, str]:
 
 def _measure(
     result: EngineResult, worker: WorkerProcess | None, workload: Workload, prompts: list[list[int]], timeout: float
-) -> dict[str, float] | None:
-    """Rates of one round, or None with the first reason in ``result``."""
+) -> dict[str, tuple[int, float]] | None:
+    """Tokens and seconds of each metric in one round, or None with the first reason in ``result``."""
     if worker is None or result.error is not None:
         return None
     tokens = {"output_tokens": workload.output_tokens}
@@ -220,36 +207,37 @@ def _measure(
         return None
     if workload.alone:
         return {
-            "prefill_tokens_per_second": expected_in / answer["prefill_seconds"],
-            "decode_tokens_per_second": (expected_out - 1) / max(answer["decode_seconds"], 1e-9),
+            "prefill": (expected_in, answer["prefill_seconds"]),
+            "decode": (expected_out - 1, max(answer["decode_seconds"], 1e-9)),
         }
-    return {"output_tokens_per_second": expected_out / answer["seconds"]}
+    return {"output": (expected_out, answer["seconds"])}
 
 
 def _keep(
-    result: EngineResult, rates: dict[str, float] | None, workload: Workload, work: ModelWork, limit: _Limits
+    result: EngineResult,
+    times: dict[str, tuple[int, float]] | None,
+    workload: Workload,
+    work: ModelWork,
+    limits: Limits,
 ) -> None:
-    for name in metrics(workload):
-        result.samples.setdefault(name, []).append(None if rates is None else rates[name])
-    if not workload.alone:
-        return
-    bytes_per_token = work.weight_bytes + work.kv_bytes(workload.input_tokens + workload.output_tokens // 2)
-    for name, unit, most in (
-        ("decode_share_of_bandwidth", bytes_per_token, limit.read),
-        ("prefill_share_of_int8_peak", 2 * work.body_parameters, limit.int8),
-    ):
-        rate = None if rates is None else rates[name.split("_")[0] + "_tokens_per_second"]
-        result.shares.setdefault(name, []).append(None if rate is None else rate * unit / most)
+    """Adds one round's rates and shares."""
+    w = workload
+    if w.alone:
+        step = work.decode_seconds(1, w.input_tokens + w.output_tokens // 2, limits)
+        least = {"prefill": work.prefill_seconds(w.input_tokens, limits), "decode": (w.output_tokens - 1) * step}
+    else:
+        least = {"output": work.request_seconds(w.requests, w.input_tokens, w.output_tokens, limits)}
+    for name, seconds_at_least in least.items():
+        metric = result.metrics.setdefault(name, Metric())
+        tokens, seconds = (0, None) if times is None else times[name]
+        metric.samples.append(None if seconds is None else tokens / seconds)
+        metric.shares.append(None if seconds is None else seconds_at_least / seconds)
 
 
 def _conclude(results: list[EngineResult]) -> None:
+    ours = results[0]
     for result in results:
-        for name, samples in {**result.samples, **result.shares}.items():
-            kept = [sample for sample in samples if sample is not None]
-            if kept:
-                result.spreads[name] = Spread.of(kept)
-        if result is not results[0]:
-            for name, samples in result.samples.items():
-                ratio = pair_ratios(results[0].samples[name], samples)
-                if ratio is not None:
-                    result.ratios[name] = ratio
+        for name, metric in result.metrics.items():
+            metric.rate, metric.share = Spread.of_those(metric.samples), Spread.of_those(metric.shares)
+            if result is not ours:
+                metric.ratio = pair_ratios(ours.metrics[name].samples, metric.samples)

@@ -5,52 +5,37 @@ Measured end to end through the public API, from the request's arrival to its la
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 
 import numpy as np
 
 from tokenmill import _native
-from tokenmill.bench.roofline import MEMORY_WORKING_SET
+from tokenmill.bench.roofline import Limits
+from tokenmill.bench.spread import Spread
 from tokenmill.bench.work import model_work
 from tokenmill.llm import LLM
 from tokenmill.sampling import SamplingParams
 
-_BANDWIDTH_SECONDS = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class LatencySample:
-    """One request, with the machine's limits read right before and after it."""
-
-    prefill_seconds: float
-    """Arrival to first token."""
-    decode_seconds: float
-    """First token to last."""
-    read_bytes_per_second: float
-    """The larger of the read bandwidths just before and just after."""
-    int8_operations_per_second: float
-
 
 @dataclass(frozen=True, slots=True)
 class LatencyReport:
-    """Medians over the samples; shares are of each sample's own limits."""
+    """One value a request; shares are of the limits just before and just after that request."""
 
     model: str
     isa: str
     threads: int
     prompt_tokens: int
     output_tokens: int
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
+    prefill_tokens_per_second: Spread
+    """From arrival to the first token."""
+    decode_tokens_per_second: Spread
+    """From the first token to the last, which is one token less than came out."""
+    prefill_share_of_limit: Spread
+    decode_share_of_limit: Spread
     decode_bytes_per_token: int
     """Weights and, at the middle of the output, keys and values."""
-    decode_share_of_bandwidth: float
-    prefill_share_of_int8_peak: float
-    """2 x body parameters x prompt tokens / time to first token / int8 peak."""
-    memory_read_bytes_per_second: float
-    int8_operations_per_second: float
-    samples: tuple[LatencySample, ...]
+    memory_read_bytes_per_second: Spread
+    int8_operations_per_second: Spread
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
@@ -66,47 +51,34 @@ def measure_latency(llm: LLM, prompt_tokens: int, output_tokens: int, rounds: in
     """
     work = model_work(llm.path, llm.config.kv_element)
     params = SamplingParams(max_tokens=output_tokens, temperature=0, ignore_eos=True, seed=0)
-    prompts = random_prompts(rounds + 1, prompt_tokens, work.vocab_size, seed=prompt_tokens)
-    llm.generate(prompts[0], params)
-    samples = tuple(_sample(llm, prompt, params) for prompt in prompts[1:])
-    operations = 2 * work.body_parameters * prompt_tokens
-    bytes_per_token = work.weight_bytes + work.kv_bytes(prompt_tokens + output_tokens // 2)
-    steps = max(output_tokens - 1, 1)
-
+    warm_up, *prompts = random_prompts(rounds + 1, prompt_tokens, work.vocab_size, seed=prompt_tokens)
+    llm.generate(warm_up, params)
+    middle = prompt_tokens + output_tokens // 2
+    prefill, decode, prefill_shares, decode_shares, limits = [], [], [], [], []
+    before = Limits.now(llm.config.threads)
+    for prompt in prompts:
+        timings = llm.generate(prompt, params)[0].timings
+        assert timings is not None
+        after = Limits.now(llm.config.threads)
+        limits.append(before.best(after))
+        before = after
+        first = timings.first_token - timings.arrival
+        step = max(timings.finished - timings.first_token, 1e-9) / max(output_tokens - 1, 1)
+        prefill.append(prompt_tokens / first)
+        decode.append(1 / step)
+        prefill_shares.append(work.prefill_seconds(prompt_tokens, limits[-1]) / first)
+        decode_shares.append(work.decode_seconds(1, middle, limits[-1]) / step)
     return LatencyReport(
         model=str(llm.config.model),
         isa=_native.active_isa(),
         threads=llm.config.threads or _native.usable_cpu_count(),
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
-        prefill_tokens_per_second=statistics.median([prompt_tokens / s.prefill_seconds for s in samples]),
-        decode_tokens_per_second=statistics.median([steps / s.decode_seconds for s in samples]),
-        decode_bytes_per_token=bytes_per_token,
-        decode_share_of_bandwidth=statistics.median(
-            [bytes_per_token * steps / s.decode_seconds / s.read_bytes_per_second for s in samples]
-        ),
-        prefill_share_of_int8_peak=statistics.median(
-            [operations / s.prefill_seconds / s.int8_operations_per_second for s in samples]
-        ),
-        memory_read_bytes_per_second=statistics.median([s.read_bytes_per_second for s in samples]),
-        int8_operations_per_second=statistics.median([s.int8_operations_per_second for s in samples]),
-        samples=samples,
-    )
-
-
-def _sample(llm: LLM, prompt: list[int], params: SamplingParams) -> LatencySample:
-    threads = llm.config.threads
-
-    def bandwidth() -> float:
-        return _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, _BANDWIDTH_SECONDS)
-
-    before = bandwidth()
-    timings = llm.generate(prompt, params)[0].timings
-    assert timings is not None
-    after = bandwidth()
-    return LatencySample(
-        prefill_seconds=timings.first_token - timings.arrival,
-        decode_seconds=max(timings.finished - timings.first_token, 1e-9),
-        read_bytes_per_second=max(before, after),
-        int8_operations_per_second=_native.int8_operations_per_second(threads, _BANDWIDTH_SECONDS),
+        prefill_tokens_per_second=Spread.of(prefill),
+        decode_tokens_per_second=Spread.of(decode),
+        prefill_share_of_limit=Spread.of(prefill_shares),
+        decode_share_of_limit=Spread.of(decode_shares),
+        decode_bytes_per_token=work.weight_bytes + work.kv_bytes(middle),
+        memory_read_bytes_per_second=Spread.of([limit.memory for limit in limits]),
+        int8_operations_per_second=Spread.of([limit.int8 for limit in limits]),
     )

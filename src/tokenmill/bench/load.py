@@ -61,6 +61,7 @@ class Exchange:
     chunks: int = 0
     output_tokens: int = 0
     prompt_tokens: int | None = None
+    asked_tokens: int = 0
     error: str | None = None
 
     @property
@@ -105,6 +106,9 @@ class LoadReport:
     seconds: float
     prompt_tokens: int
     output_tokens: int
+    """Of the requests that ended well, as the server counts them where it does."""
+    asked_tokens: int
+    """Most that these requests could have produced; fewer came if the server stops at end tokens."""
     output_tokens_per_second: float
     requests_per_second: float
     goodput_requests_per_second: float
@@ -254,7 +258,7 @@ async def _exchange(
         path = "/v1/completions"
         body["prompt"] = request.prompt if isinstance(request.prompt, str) else list(request.prompt)
     sent = time.perf_counter()
-    exchange = Exchange(sent - start, 0.0 if due is None else sent - start - due)
+    exchange = Exchange(sent - start, 0.0 if due is None else sent - start - due, asked_tokens=request.max_tokens)
     try:
         async with client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
@@ -321,6 +325,7 @@ def _report(exchanges: list[Exchange], seconds: float, load: float, ttft_bound: 
         seconds=seconds,
         prompt_tokens=sum(exchange.prompt_tokens or 0 for exchange in good),
         output_tokens=output,
+        asked_tokens=sum(exchange.asked_tokens for exchange in good),
         output_tokens_per_second=output / seconds,
         requests_per_second=len(good) / seconds,
         goodput_requests_per_second=len(within) / seconds,

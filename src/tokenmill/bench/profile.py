@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -110,15 +110,16 @@ def profile_model(
     rounds: int = 10,
     threads: int = 0,
     kv_element: KvElement = KvElement.F16,
+    memory: str | None = None,
 ) -> Profile:
     """Profiles a prefill chunk of ``prompt_tokens`` and a decode step of ``sequences`` sequences at ``depth`` slots.
 
-    Raises ModelFileError, UnsupportedModelError and UsageError as :func:`tokenmill.bare_model.open_bare` does.
+    Raises as :func:`tokenmill.bare_model.open_bare` does.
     """
     context = max(prompt_tokens, depth + 1)
     limits = StepLimits(max(prompt_tokens, sequences), sequences, sequences, context)
     before = _limits(threads)
-    with open_bare(path, limits, kv_element=kv_element, threads=threads) as model:
+    with open_bare(path, limits, kv_element=kv_element, threads=threads, memory=memory) as model:
         backend = model.backend
         assert isinstance(backend, NativeBackend)
         random = np.random.default_rng(0)
@@ -143,7 +144,7 @@ def profile_model(
         }
         times = {phase: _time(backend, plan, rounds) for phase, (plan, _) in plans.items()}
         after = _limits(threads)
-        best = ProfileLimits(*(max(a, b) for a, b in zip(_tuple(before), _tuple(after), strict=True)))
+        best = ProfileLimits(*map(max, astuple(before), astuple(after)))
         formats = {name: backend.matrix_format(name) for name in backend.program.matrices()}
         steps = []
         for phase in ("prefill", "decode"):
@@ -213,7 +214,3 @@ def _limits(threads: int) -> ProfileLimits:
         _native.int8_operations_per_second(threads, _LIMIT_SECONDS),
         _native.f32_operations_per_second(threads, _LIMIT_SECONDS),
     )
-
-
-def _tuple(limits: ProfileLimits) -> tuple[float, float, float, float]:
-    return limits.memory, limits.cache, limits.int8, limits.f32

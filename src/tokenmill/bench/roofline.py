@@ -31,6 +31,26 @@ class Roofline:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What the machine allows at one moment, on the instruction-set path in use: bytes and operations per second."""
+
+    memory: float
+    int8: float
+
+    @classmethod
+    def now(cls, threads: int = 0, seconds: float = 0.15) -> Limits:
+        """Measured within about 1.5 times ``seconds``; 0 threads means all usable. For use beside a sample."""
+        return cls(
+            _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, seconds),
+            _native.int8_operations_per_second(threads, seconds / 3),
+        )
+
+    def best(self, other: Limits) -> Limits:
+        """The larger of each: the limit of what ran between two moments."""
+        return Limits(max(self.memory, other.memory), max(self.int8, other.int8))
+
+
+@dataclass(frozen=True, slots=True)
 class ReadRate:
     """Read bandwidth over a working set that all threads share evenly."""
 

@@ -1,7 +1,8 @@
 """From starting an interpreter to the first token, on Tokenmill and on other engines in turn, and peak memory.
 
-Each sample is a process of its own. The files are in the page cache (a first, unmeasured read sees to it), since a
-cold disk measures the disk. Tokenmill's first load, with an empty build cache, is measured apart.
+Each sample is a process of its own, after a start of each engine that does not count: it brings the files into the
+page cache (a cold disk would measure the disk) and converts the weights where an engine needs that. Tokenmill's first
+load, with an empty build cache, is measured apart.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def measure_startup(
     with open_checkpoint(model) as checkpoint:
         sizes = [tensor.nbytes for tensor in checkpoint.tensors.values()]
 
-    def start(worker: str, python: str, environment: Mapping[str, str]) -> Start:
+    def start(peer: tuple[Peer, str] | None, environment: Mapping[str, str]) -> Start:
+        worker, python = ("tokenmill", sys.executable) if peer is None else (peer[0].worker, peer[1])
         return _start(worker, python, environment, model, prompt, threads, context, timeout)
 
     engines = [EngineStarts(OURS), *(EngineStarts(peer.name) for peer, _ in peers)]
@@ -83,26 +85,23 @@ def measure_startup(
     with tempfile.TemporaryDirectory() as cache:
         say("first load, empty build cache")
         ours = own_environment() | {"TOKENMILL_CACHE": cache}
-        first = start("tokenmill", sys.executable, ours)
-        for number in range(rounds):
-            for engine, pair in zip(engines, [None, *peers], strict=True):
-                say(f"start {number + 1} of {rounds}, {engine.name}")
+        first = start(None, ours)
+        for number in range(rounds + 1):
+            for engine, peer_or_ours in zip(engines, [None, *peers], strict=True):
+                say(f"start {number} of {rounds}, {engine.name}" if number else f"warm-up, {engine.name}")
                 sample = None
                 if engine.error is None:
                     try:
-                        if pair is None:
-                            sample = start("tokenmill", sys.executable, ours)
-                        else:
-                            environment = {"OMP_NUM_THREADS": str(threads)}
-                            sample = start(pair[0].worker, pair[1], environment)
+                        sample = start(
+                            peer_or_ours, ours if peer_or_ours is None else {"OMP_NUM_THREADS": str(threads)}
+                        )
                     except WorkerError as error:
                         engine.error = str(error)
-                engine.samples.append(sample)
+                if number > 0:
+                    engine.samples.append(sample)
     for engine in engines:
-        kept = [sample for sample in engine.samples if sample is not None]
-        if kept:
-            engine.seconds = Spread.of([sample.seconds for sample in kept])
-            engine.peak_bytes = Spread.of([sample.peak_bytes for sample in kept])
+        engine.seconds = Spread.of_those(_seconds(engine))
+        engine.peak_bytes = Spread.of_those([None if s is None else s.peak_bytes for s in engine.samples])
         if engine is not engines[0]:
             engine.ratio = pair_ratios(_seconds(engines[0]), _seconds(engine))
     return StartupReport(threads, sum(sizes), max(sizes), first, tuple(engines))

@@ -7,12 +7,10 @@ how many it found there, and another number than asked for is an error. All thro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-from tokenmill import _native
 from tokenmill.bench.latency import random_prompts
-from tokenmill.bench.roofline import MEMORY_WORKING_SET
+from tokenmill.bench.roofline import Limits
 from tokenmill.bench.spread import Spread
 from tokenmill.bench.work import ModelWork, model_work
 from tokenmill.engine.messages import Timings
@@ -20,8 +18,6 @@ from tokenmill.errors import UsageError
 from tokenmill.llm import LLM
 from tokenmill.program.kv import PAGE_TOKENS
 from tokenmill.sampling import SamplingParams
-
-_LIMIT_SECONDS = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +31,7 @@ class SweepPoint:
     tokens_per_second: Spread
     """Of all sequences together."""
     share_of_limit: Spread
-    """Prefill: of the int8 peak. Decode: of the read bandwidth, weights once a step and keys of each sequence."""
+    """The least time that the limits just before and just after allow (``ModelWork``) over the time taken."""
 
 
 def sweep_latency(
@@ -73,11 +69,14 @@ def _prefill(llm: LLM, work: ModelWork, tokens: int, depth: int, rounds: int) ->
         llm.generate(prefix, _greedy(1))
     llm.generate(random_prompts(1, tokens, work.vocab_size, seed=0)[0], _greedy(1))
     rates, shares = [], []
+    before = Limits.now(llm.config.threads)
     for prompt in random_prompts(rounds, tokens, work.vocab_size, seed=tokens + 1):
-        with _limit(llm) as limits:
-            timings = _timings(llm, [prefix + prompt], 1, depth)[0]
-        rates.append(tokens / (timings.first_token - timings.arrival))
-        shares.append(2 * work.body_parameters * rates[-1] / limits[1])
+        timings = _timings(llm, [prefix + prompt], 1, depth)[0]
+        after = Limits.now(llm.config.threads)
+        seconds = timings.first_token - timings.arrival
+        rates.append(tokens / seconds)
+        shares.append(work.prefill_seconds(tokens, before.best(after)) / seconds)
+        before = after
     return SweepPoint("prefill", tokens, depth, 1, Spread.of(rates), Spread.of(shares))
 
 
@@ -85,14 +84,15 @@ def _decode(llm: LLM, work: ModelWork, depth: int, batch: int, tokens: int, roun
     # One token beyond the cached pages, so that all sequences begin to decode in the same step.
     prompts = random_prompts(batch, depth + 1, work.vocab_size, seed=depth + 7)
     llm.generate(prompts, _greedy(2))
-    step_bytes = work.weight_bytes + batch * work.kv_bytes(depth + tokens // 2)
     rates, shares = [], []
+    before = Limits.now(llm.config.threads)
     for _ in range(rounds):
-        with _limit(llm) as limits:
-            timings = _timings(llm, prompts, tokens, depth)
-        seconds = max(t.finished for t in timings) - max(t.first_token for t in timings)
-        rates.append(batch * (tokens - 1) / seconds)
-        shares.append(step_bytes * rates[-1] / batch / limits[0])
+        timings = _timings(llm, prompts, tokens, depth)
+        after = Limits.now(llm.config.threads)
+        step = (max(t.finished for t in timings) - max(t.first_token for t in timings)) / (tokens - 1)
+        rates.append(batch / step)
+        shares.append(work.decode_seconds(batch, depth + tokens // 2, before.best(after)) / step)
+        before = after
     return SweepPoint("decode", tokens, depth, batch, Spread.of(rates), Spread.of(shares))
 
 
@@ -106,17 +106,6 @@ def _timings(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, cached: in
                 "it is switched off or too small; give more --memory or less depth and batch"
             )
     return timings
-
-
-@contextmanager
-def _limit(llm: LLM) -> Iterator[list[float]]:
-    """Read bandwidth, the larger of just before and just after, and the int8 peak; filled when the block ends."""
-    threads = llm.config.threads
-    limits: list[float] = []
-    before = _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, _LIMIT_SECONDS)
-    yield limits
-    after = _native.read_bytes_per_second(MEMORY_WORKING_SET, threads, _LIMIT_SECONDS)
-    limits += [max(before, after), _native.int8_operations_per_second(threads, _LIMIT_SECONDS)]
 
 
 def _greedy(tokens: int) -> SamplingParams:

@@ -23,23 +23,22 @@ from tokenmill.cli.list import list_models
 from tokenmill.cli.pull import pull_models
 from tokenmill.cli.serve import serve
 from tokenmill.cli.show import show
+from tokenmill.cli.verbs import group
 from tokenmill.errors import TokenmillError
 
-app = typer.Typer(
+app = group(
+    "LLM inference on CPUs.",
+    {
+        "generate": generate,
+        "chat": chat,
+        "serve": serve,
+        "pull": pull_models,
+        "list": list_models,
+        "show": show,
+        "doctor": doctor,
+    },
     name="tokenmill",
-    help="LLM inference on CPUs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
 )
-app.command("generate")(generate)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("pull")(pull_models)
-app.command("list")(list_models)
-app.command("show")(show)
-app.command("doctor")(doctor)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluate, name="eval")
 

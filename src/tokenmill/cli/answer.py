@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 from tokenmill.cli.terminal import say
 from tokenmill.errors import UsageError
 
 if TYPE_CHECKING:
+    from tokenmill.cli.options import LoadOptions
     from tokenmill.llm import LLM
     from tokenmill.sampling import SamplingParams
 
@@ -42,23 +43,13 @@ class Answer:
         return ", ".join(parts)
 
 
-def open_model(
-    model: str,
-    *,
-    memory: str | None,
-    max_model_len: int | None,
-    threads: int,
-    backend: str,
-    quiet: bool = False,
-) -> LLM:
+def open_model(model: str, loading: LoadOptions, quiet: bool = False) -> LLM:
     """Resolves (and pulls) ``model`` and loads it, saying on standard error where the time goes."""
     from tokenmill.engine.config import EngineConfig
     from tokenmill.sources import SilentProgress, TerminalProgress, resolve
 
-    # Refuses what no model can have before one is fetched.
-    EngineConfig(
-        model=model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend_name(backend)
-    )
+    given = asdict(loading) | {"backend": backend_name(loading.backend)}
+    EngineConfig(model=model, **given)  # refuses what no model can have before one is fetched
     path = resolve(model, SilentProgress() if quiet else TerminalProgress())
     started = time.perf_counter()
     from tokenmill.llm import LLM
@@ -66,7 +57,7 @@ def open_model(
     imported = time.perf_counter()
     if not quiet:
         say(f"loading {path}")
-    llm = LLM(path, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend_name(backend))
+    llm = LLM(path, **given)
     if not quiet:
         laps = {"import the engine": imported - started, **llm.start_seconds}
         parts = ", ".join(f"{what} {seconds:.2f}" for what, seconds in laps.items() if seconds >= 0.01)

@@ -35,33 +35,18 @@ Ctrl-C stops an answer."""
 
 def chat(
     model: Annotated[str | None, typer.Argument(help="Name, file, folder or org/name. Default: smollm2-135m.")] = None,
+    *,
     system: Annotated[str | None, typer.Option("--system", help="System message.")] = None,
     max_tokens: options.MaxTokens = 1024,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    memory: options.Memory = None,
-    max_model_len: options.MaxModelLen = None,
-    threads: options.Threads = 0,
-    backend: options.BackendName = "native",
+    sampling: options.SamplingOptions,
+    loading: options.LoadOptions,
 ) -> None:
     """Chat with a model. /help lists what else can be typed."""
     from tokenmill.sources import DEFAULT_MODEL
 
     model = model or DEFAULT_MODEL
-    overrides = options.sampling_overrides(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    with open_model(model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend) as llm:
+    overrides = sampling.overrides(max_tokens=max_tokens)
+    with open_model(model, loading) as llm:
         if llm.tokenizer.chat_template is None:
             raise UsageError(f"{model} has no chat template; use: tokenmill generate {model} PROMPT")
         params = llm.default_params(**overrides)

@@ -18,16 +18,14 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Name, .gguf file, folder, or org/name on the hub.")],
+    model: options.Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    *,
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
+    sampling: options.SamplingOptions,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Text that ends the answer; may be given repeatedly.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message, for chat models.")] = None,
     raw: Annotated[
         bool | None,
@@ -35,29 +33,15 @@ def generate(
             "--raw/--chat", help="Continue the prompt as it is, or answer it. Default: --chat if the model can."
         ),
     ] = None,
-    memory: options.Memory = None,
-    max_model_len: options.MaxModelLen = None,
-    threads: options.Threads = 0,
-    backend: options.BackendName = "native",
+    loading: options.LoadOptions,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on standard error but errors.")] = False,
 ) -> None:
     """Generate text from a prompt."""
     if raw and system is not None:
         raise UsageError("--system needs a chat template, and --raw switches it off")
     text = read_prompt(prompt)
-    overrides = options.sampling_overrides(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop,
-    )
-    with open_model(
-        model, memory=memory, max_model_len=max_model_len, threads=threads, backend=backend, quiet=quiet
-    ) as llm:
+    overrides = sampling.overrides(max_tokens=max_tokens, stop=stop)
+    with open_model(model, loading, quiet=quiet) as llm:
         params = llm.default_params(**overrides)
         answer = stream_answer(llm, prompt_tokens(llm, text, system, raw), params)
         sys.stdout.write("\n")

@@ -193,24 +193,30 @@ def _plan(
 ) -> MemoryLedger:
     """The ledger before anything is allocated: the checkpoint's bytes stand for the packed weights, and buffers are
     counted as if nothing were fused. ``uncounted`` is what this is known to miss, in bytes."""
-    if config.backend == "torch":
-        weights = DecodedWeights(checkpoint, bound).nbytes
-    else:
-        weights = sum(checkpoint.info(tensor).nbytes for tensor in {where.tensor for where in bound.sources.values()})
+    weights = DecodedWeights(checkpoint, bound).nbytes if config.backend == "torch" else stored_bytes(checkpoint, bound)
     limits = StepLimits(config.max_batch_tokens, config.max_num_seqs, config.logit_rows, bound.config.max_position)
-    arena = plan_buffers(program, limits, (), lambda _, width: 4 * width).arena_bytes
-    threads = config.threads or _native.usable_cpu_count()
     cache = KvCache(program.kv_groups, [0] * len(program.kv_groups))
     return plan_memory(
         memory_budget(config.memory),
         weights=weights,
-        scratch=arena + _FIXED_BYTES + threads * 24 * program.vocab_size + uncounted,
+        scratch=planned_scratch(program, limits, config.threads) + uncounted,
         groups=program.kv_groups,
         pages_needed=lambda length: cache.pages_needed(length, config.max_batch_tokens),
         longest=bound.config.max_position,
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
     )
+
+
+def stored_bytes(checkpoint: Checkpoint, bound: BoundModel) -> int:
+    """Bytes of the tensors that the model uses: what packed weights take too."""
+    return sum(checkpoint.info(tensor).nbytes for tensor in {where.tensor for where in bound.sources.values()})
+
+
+def planned_scratch(program: Program, limits: StepLimits, threads: int) -> int:
+    """Bytes beside weights and KV pages, as if nothing were fused; 0 threads means all usable."""
+    arena = plan_buffers(program, limits, (), lambda _, width: 4 * width).arena_bytes
+    return arena + _FIXED_BYTES + (threads or _native.usable_cpu_count()) * 24 * program.vocab_size
 
 
 def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel) -> SizedWeights:

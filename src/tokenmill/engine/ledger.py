@@ -55,13 +55,12 @@ class MemoryLedger:
     def total(self) -> int:
         return self.weights + self.kv + self.scratch
 
-    def checked(self) -> MemoryLedger:
-        """This ledger. Raises MemoryLimitError if it exceeds the budget."""
+    def checked(self, advice: str = "lower max_num_seqs or max_batch_tokens, or raise memory") -> MemoryLedger:
+        """This ledger. Raises MemoryLimitError, with ``advice``, if it exceeds the budget."""
         if self.total > self.budget.limit:
             raise MemoryLimitError(
                 f"the model needs {size(self.total)} (weights {size(self.weights)}, KV cache {size(self.kv)}, scratch "
-                f"{size(self.scratch)}), {self.budget.source} allows {size(self.budget.limit)}; "
-                f"lower max_num_seqs or max_batch_tokens, or raise memory"
+                f"{size(self.scratch)}), {self.budget.source} allows {size(self.budget.limit)}; {advice}"
             )
         return self
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tokenmill.bench.compare import own_environment
-from tokenmill.bench.peers import Peer, problem
-from tokenmill.bench.worker_process import WorkerError, WorkerProcess
+from tokenmill.bench.peers import Peer
+from tokenmill.bench.worker_process import WorkerError
 from tokenmill.errors import UsageError
 from tokenmill.evaluate.kl import KlSummary, ratio_interval, summarize, windows
 from tokenmill.evaluate.paired import Interval
-from tokenmill.evaluate.reference import Divergence, Float32, Reference, stored_reference
+from tokenmill.evaluate.peer import open_peer
+from tokenmill.evaluate.reference import Divergence, Float32, stored_reference
 from tokenmill.evaluate.runs import RunSpec, all_rows, open_run, read_text_model
 from tokenmill.evaluate.text import TextError, text_digest
 
@@ -60,13 +59,15 @@ def measure_divergence(
     tokens: int = 2048,
     window: int = 128,
     threads: int = 0,
+    memory: str | None = None,
     timeout: float = 3600.0,
     say: Callable[[str], None] = lambda _: None,
 ) -> DivergenceReport:
     """Runs the reference once per model and text (kept in ``folder``), then each run, then each peer.
 
     Windows of ``window`` tokens, each a new sequence, at least ``tokens`` in all. Peers run the first run's model.
-    Raises TextError if the text is too short, UsageError if a run's vocabulary is not the reference's.
+    Raises TextError if the text is too short, UsageError if a run's vocabulary is not the reference's, and
+    MemoryLimitError if a run does not fit ``memory``.
     """
     source = read_text_model(reference.model)
     cut = windows(source.encode(text), window, source.bos)[: -(-tokens // window)]
@@ -77,7 +78,7 @@ def measure_divergence(
 
     def run_reference() -> Iterator[Float32]:
         say(f"reference {reference}")
-        with open_run(reference, window, threads) as backend:
+        with open_run(reference, window, threads, memory, source.vocabulary) as backend:
             yield from all_rows(backend, cut)
 
     identity = {"model": source.digest, "run": reference.settings, "windows": text_digest(json.dumps(cut))}
@@ -93,13 +94,13 @@ def measure_divergence(
                 f"{spec.model} has {other.vocabulary} tokens, the reference {source.vocabulary}: "
                 "their distributions cannot be compared"
             )
-        with open_run(spec, window, threads) as backend:
+        with open_run(spec, window, threads, memory, source.vocabulary) as backend:
             done.append((str(spec), stored.compare(all_rows(backend, cut), targets), None, ""))
     for peer, python in peers:
         say(f"run {peer.name}")
         try:
-            divergence, build = _peer(peer, python, runs[0].model, cut, stored, targets, threads, timeout)
-            done.append((peer.name, divergence, None, build))
+            with open_peer(peer, python, runs[0].model, source.vocabulary, window, threads, timeout) as opened:
+                done.append((peer.name, stored.compare(opened.rows(cut), targets), None, opened.build))
         except WorkerError as error:
             done.append((peer.name, None, str(error), ""))
     first = done[0][1]
@@ -129,38 +130,3 @@ def _conclude(
     return RunDivergence(
         name, summarize(own.kl, own.same_top), {**high, "max": float(own.kl.max())}, quantiles, ratio, None, build
     )
-
-
-def _peer(
-    peer: Peer,
-    python: str,
-    model: str,
-    cut: list[list[int]],
-    stored: Reference,
-    targets: np.ndarray[tuple[int], np.dtype[np.int64]],
-    threads: int,
-    timeout: float,
-) -> tuple[Divergence, str]:
-    """The peer's divergence and build line. Raises WorkerError."""
-    from tokenmill import _native
-    from tokenmill.sources import resolve
-
-    if (reason := problem(peer, python)) is not None:
-        raise WorkerError(reason)
-    threads = threads or _native.usable_cpu_count()
-    with tempfile.TemporaryDirectory() as scratch:
-        worker = WorkerProcess(peer.worker, python, {**own_environment(), "OMP_NUM_THREADS": str(threads)})
-        try:
-            task = {"model": str(resolve(model).absolute()), "threads": threads, "sequences": 1, "scratch": scratch}
-            opened = worker.ask({"do": "open", "context": len(cut[0]), **task}, timeout)
-            out = Path(scratch) / "logits.f32"
-            answer = worker.ask({"do": "logits", "windows": cut, "out": str(out)}, timeout)
-        finally:
-            worker.close()
-        if (answer["rows"], answer["vocabulary"]) != stored.shape:
-            raise WorkerError(
-                f"gave {answer['rows']} rows of {answer['vocabulary']} tokens, the reference has "
-                f"{stored.shape[0]} of {stored.shape[1]}"
-            )
-        rows = np.memmap(out, np.float32, "r", shape=stored.shape)
-        return stored.compare([rows], targets), f"{opened['version']}; {opened['build']}"

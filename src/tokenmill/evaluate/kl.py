@@ -15,6 +15,9 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
+LOG_ROWS = 16
+"""Rows whose log-probabilities are held at once where many are streamed: what bounds memory."""
+
 
 def log_softmax(logits: Float32) -> Float64:
     """Log-probabilities of rows ``[rows, vocabulary]`` in double precision."""

@@ -5,8 +5,8 @@
 
     lm_eval.simple_evaluate(model=TokenmillLM("smollm2-135m"), tasks=["arc_easy"])
 
-Needs the ``lm_eval`` package. All three kinds of requests are supported; those that the harness calls ``loglikelihood``
-are scored exactly, greedy flag included.
+Needs the ``lm-eval`` extra. All three kinds of requests are supported; those that the harness calls ``loglikelihood``
+are scored exactly, greedy flag included. Requests of a task run together.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ class TokenmillLM(LM):  # type: ignore[misc]  # lm_eval has no types
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each (context, continuation), and whether the continuation is the greedy answer."""
-        return [self._score(*request.args) for request in requests]
+        return self._log_likelihoods([self._pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in windows as long as the context that overlap by one token."""
-        return [self._rolling(request.args[0]) for request in requests]
+        step = self._llm.max_model_len - 2
+        totals = [0.0] * len(requests)
+        windows, owners = [], []
+        for owner, request in enumerate(requests):
+            ids = self._ids(request.args[0])
+            for begin in range(0, len(ids) - 1, step):
+                windows.append((ids[begin : begin + step + 1], 1))
+                owners.append(owner)
+        for owner, (total, _) in zip(owners, self._log_likelihoods(windows), strict=True):
+            totals[owner] += total
+        return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers to (context, settings); ``until``, ``max_gen_toks``, ``temperature`` and ``top_p`` are followed."""
@@ -57,22 +67,33 @@ class TokenmillLM(LM):  # type: ignore[misc]  # lm_eval has no types
             )
         return [output.text for output in self._llm.generate(prompts, params)] if prompts else []
 
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the chat template by, in its caches and reports."""
+        return str(self._llm.config.model)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, for the harness's reports."""
+        return self._llm.tokenizer.chat_template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt text of a conversation; an answer begun by the harness is continued."""
+        text = self._llm.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+        if add_generation_prompt:
+            return text
+        begun = chat_history[-1]["content"].strip()
+        return text[: text.rindex(begun) + len(begun)]
+
     def close(self) -> None:
         """Frees the model."""
         self._llm.close()
 
-    def _score(self, context: str, continuation: str) -> tuple[float, bool]:
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """Tokens of both, and where the continuation's begin."""
         # The harness's rule: trailing spaces of the context belong to the continuation.
         bare = context.rstrip()
         continuation, context = context[len(bare) :] + continuation, bare
-        whole, before = self._ids(context + continuation), self._ids(context)
-        return self._log_likelihood(whole, max(len(before), 1))
-
-    def _rolling(self, text: str) -> float:
-        ids = self._ids(text)
-        step = self._llm.max_model_len - 2
-        windows = [ids[begin : begin + step + 1] for begin in range(0, max(len(ids) - 1, 1), step)]
-        return sum(self._log_likelihood(window, 1)[0] for window in windows if len(window) > 1)
+        return self._ids(context + continuation), max(len(self._ids(context)), 1)
 
     def _ids(self, text: str) -> list[int]:
         """Token ids behind one that every text has before it, so that its first own token is predicted too."""
@@ -83,11 +104,17 @@ class TokenmillLM(LM):  # type: ignore[misc]  # lm_eval has no types
         prefix = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
         return ids if prefix is None else [prefix, *ids]
 
-    def _log_likelihood(self, ids: Sequence[int], first: int) -> tuple[float, bool]:
-        """Of tokens ``first`` and following, given as many before them as the context holds; greedy if all are best."""
-        cut = max(0, len(ids) + 1 - self._llm.max_model_len)
+    def _log_likelihoods(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """Of each sequence's tokens from a place on, given as many before them as the context holds, and whether each
+        of them is the likeliest."""
+        if not pairs:
+            return []
+        cuts = [max(0, len(ids) + 1 - self._llm.max_model_len) for ids, _ in pairs]
         params = SamplingParams(max_tokens=1, temperature=0, seed=0, prompt_logprobs=0)
-        scores = self._llm.generate(list(ids[cut:]), params)[0].prompt_logprobs
-        assert scores is not None
-        tail = [score for score in scores[max(first - cut, 1) :] if score is not None]
-        return sum(score.logprob for score in tail), all(score.rank == 1 for score in tail)
+        outputs = self._llm.generate([ids[cut:] for (ids, _), cut in zip(pairs, cuts, strict=True)], params)
+        found = []
+        for (_, first), cut, output in zip(pairs, cuts, outputs, strict=True):
+            assert output.prompt_logprobs is not None
+            tail = [score for score in output.prompt_logprobs[max(first - cut, 1) :] if score is not None]
+            found.append((sum(score.logprob for score in tail), all(score.rank == 1 for score in tail)))
+        return found

@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.errors import TokenmillError
-from tokenmill.evaluate.kl import log_softmax
+from tokenmill.evaluate.kl import LOG_ROWS, log_softmax
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _STEPS = 2048  # per nat
 _LEAST = -65535 / _STEPS
-_BLOCK_ROWS = 16
 
 
 class ReferenceError(TokenmillError):
@@ -61,8 +60,8 @@ class Reference:
         """
         kl, same, error, start = [], [], [], 0
         for block in rows:
-            for begin in range(0, len(block), _BLOCK_ROWS):
-                q = np.maximum(log_softmax(block[begin : begin + _BLOCK_ROWS]), _LEAST)
+            for begin in range(0, len(block), LOG_ROWS):
+                q = np.maximum(log_softmax(block[begin : begin + LOG_ROWS]), _LEAST)
                 if q.shape[1] != self.shape[1] or start + len(q) > self.shape[0]:
                     raise ReferenceError(
                         f"the run has rows of {q.shape[1]} tokens beyond position {start}, "
@@ -100,8 +99,8 @@ def stored_reference(
             os.posix_fallocate(file.fileno(), 0, 2 * positions * vocabulary)
             written = 0
             for block in run():
-                for begin in range(0, len(block), _BLOCK_ROWS):
-                    logs = log_softmax(block[begin : begin + _BLOCK_ROWS])
+                for begin in range(0, len(block), LOG_ROWS):
+                    logs = log_softmax(block[begin : begin + LOG_ROWS])
                     file.write(np.rint(np.maximum(logs, _LEAST) * -_STEPS).astype(np.uint16).tobytes())
                     written += len(logs)
         if written != positions:

@@ -15,6 +15,7 @@ from tokenmill.backends.backend import Backend, StepLimits
 from tokenmill.bare_model import BackendName, open_bare
 from tokenmill.engine.config import KV_ELEMENTS
 from tokenmill.errors import UsageError
+from tokenmill.evaluate.kl import LOG_ROWS
 from tokenmill.evaluate.logits import logits_by_position
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer, load_tokenizer
@@ -24,6 +25,8 @@ Float32 = npt.NDArray[np.float32]
 
 ROWS = 64
 """Rows of logits at a time: what bounds memory."""
+_COPIES = 6
+"""Arrays of log-probabilities that scoring and comparing hold at once, in double precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,13 @@ def read_text_model(model: str) -> TextModel:
 
 
 @contextmanager
-def open_run(spec: RunSpec, context: int, threads: int = 0) -> Iterator[Backend]:
-    """The run's backend, ready for one sequence of ``context`` tokens. Raises as ``open_bare`` does."""
+def open_run(
+    spec: RunSpec, context: int, threads: int = 0, memory: str | None = None, vocabulary: int = 0
+) -> Iterator[Backend]:
+    """The run's backend, ready for one sequence of ``context`` tokens.
+
+    ``memory`` is its budget, with room for log-probabilities over ``vocabulary`` tokens. Raises as ``open_bare`` does.
+    """
     limits = StepLimits(tokens=ROWS, sequences=1, sampled=ROWS, context=context)
     with open_bare(
         resolve(spec.model),
@@ -107,6 +115,8 @@ def open_run(spec: RunSpec, context: int, threads: int = 0) -> Iterator[Backend]
         kv_element=KV_ELEMENTS[spec.kv],
         emulate_activations=spec.int8,
         threads=threads,
+        memory=memory,
+        beside=_COPIES * 8 * LOG_ROWS * vocabulary,
     ) as model:
         yield model.backend
 

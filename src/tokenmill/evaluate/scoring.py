@@ -9,7 +9,7 @@ the model wants one, and only the second half of each scored.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenmill.backends.backend import Backend
-from tokenmill.evaluate.kl import log_softmax
+from tokenmill.evaluate.kl import LOG_ROWS, Float32, log_softmax
 from tokenmill.evaluate.logits import logits_by_position
 from tokenmill.evaluate.paired import Interval, mean_interval
 from tokenmill.evaluate.result_log import ResultLog
@@ -89,16 +89,22 @@ def cut_windows(
 
 def score_window(backend: Backend, window: Window) -> Float64:
     """Negative log-likelihood in nats of the window's scored tokens, in their order."""
-    nll = np.empty(len(window.token_ids) - window.scored)
-    for start, rows in logits_by_position(backend, window.token_ids):
-        first = max(start, window.scored - 1)
-        last = min(start + len(rows), len(window.token_ids) - 1)
-        if first >= last:
-            continue
-        logs = log_softmax(rows[first - start : last - start])
-        targets = np.asarray(window.token_ids[first + 1 : last + 1])
-        nll[first + 1 - window.scored : last + 1 - window.scored] = -logs[np.arange(last - first), targets]
-    return nll
+    return score_rows(window, (rows for _, rows in logits_by_position(backend, window.token_ids)))
+
+
+def score_rows(window: Window, blocks: Iterable[Float32]) -> Float64:
+    """:func:`score_window` from the logits of all the window's positions, in blocks of rows."""
+    nll, position = [], 0
+    for block in blocks:
+        for begin in range(0, len(block), LOG_ROWS):
+            rows = block[begin : begin + LOG_ROWS]
+            # Row i predicts token i + 1.
+            first, last = max(position, window.scored - 1), min(position + len(rows), len(window.token_ids) - 1)
+            if first < last:
+                logs = log_softmax(rows[first - position : last - position])
+                nll.append(-logs[np.arange(last - first), window.token_ids[first + 1 : last + 1]])
+            position += len(rows)
+    return np.concatenate(nll) if nll else np.empty(0)
 
 
 def score_windows(

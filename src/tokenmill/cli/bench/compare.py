@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenmill.cli.bench.options import JsonFile, Model, Plot, Rounds, Threads, write
+from tokenmill.cli.measuring import JsonFile, Plot, Rounds, write
+from tokenmill.cli.options import Model, Threads
 from tokenmill.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
-    from tokenmill.bench.compare import Comparison, EngineResult
+    from tokenmill.bench.compare import Comparison, Metric
 
 
 def compare(
@@ -70,8 +71,6 @@ def compare(
 
 
 def _print(model: str, comparison: Comparison) -> None:
-    from tokenmill.bench.compare import metrics
-
     w = comparison.workload
     many = "" if w.alone else f"{w.requests} requests, "
     print(
@@ -83,14 +82,9 @@ def _print(model: str, comparison: Comparison) -> None:
             f"limits beside the samples: read {comparison.memory_read_bytes_per_second.median / 1e9:.1f} GB/s, "
             f"int8 {comparison.int8_operations_per_second.median / 1e12:.3f} TOPS"
         )
-    for metric in metrics(w):
-        share = {
-            "prefill_tokens_per_second": "prefill_share_of_int8_peak",
-            "decode_tokens_per_second": "decode_share_of_bandwidth",
-        }.get(metric)
-        head = (metric.removesuffix("_tokens_per_second") + " tokens/s", "median (range)", "of limit", "tokenmill / it")
-        rows = [_row(engine, metric, share) for engine in comparison.engines]
-        print_table(head, rows)
+    for name in comparison.engines[0].metrics:
+        head = (f"{name} tokens/s", "median (range)", "of limit", "tokenmill / it")
+        print_table(head, [(engine.name, *_cells(engine.metrics[name])) for engine in comparison.engines])
     for engine in comparison.engines:
         if engine.build:
             settings = ", ".join(f"{name}={value}" for name, value in engine.settings.items())
@@ -99,13 +93,9 @@ def _print(model: str, comparison: Comparison) -> None:
             print(f"{engine.name} FAILED: {engine.error}")
 
 
-def _row(engine: EngineResult, metric: str, share: str | None) -> tuple[str, str, str, str]:
-    spread = engine.spreads.get(metric)
-    of_limit = engine.spreads.get(share) if share else None
-    ratio = engine.ratios.get(metric)
+def _cells(metric: Metric) -> tuple[str, str, str]:
     return (
-        engine.name,
-        "failed" if spread is None else f"{spread.median:.1f} ({spread.low:.1f} to {spread.high:.1f})",
-        "" if of_limit is None else f"{100 * of_limit.median:.1f} %",
-        "" if ratio is None else f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
+        "failed" if metric.rate is None else metric.rate.text(1),
+        "" if metric.share is None else f"{100 * metric.share.median:.1f} %",
+        "" if metric.ratio is None else metric.ratio.text(2),
     )

@@ -7,13 +7,11 @@ from typing import Annotated
 import typer
 
 from tokenmill.cli.terminal import print_table, say
-
-peers = typer.Typer(help="List or install the engines to compare with.", no_args_is_help=True, rich_markup_mode=None)
+from tokenmill.cli.verbs import group
 
 Name = Annotated[str, typer.Argument(help="A name from `tokenmill bench peers list`.")]
 
 
-@peers.command("list")
 def list_peers() -> None:
     """Show the known engines and whether their environments exist."""
     from tokenmill.bench.peers import PEERS, environment_python, problem
@@ -26,10 +24,12 @@ def list_peers() -> None:
     print_table(("peer", "state", "packages", "size or time"), rows)
 
 
-@peers.command("install")
 def install_peer(name: Name) -> None:
     """Make a virtual environment for an engine and install it there."""
     from tokenmill.bench.peers import install, parse_peer
 
     peer, _ = parse_peer(name)
     print(install(peer, say))
+
+
+peers = group("List or install the engines to compare with.", {"list": list_peers, "install": install_peer})

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenmill.cli.bench.options import JsonFile, Model, Plot, Rounds, Threads, write
+from tokenmill.cli.measuring import JsonFile, Plot, Rounds, write
+from tokenmill.cli.options import Memory, Model, Threads
 from tokenmill.cli.terminal import print_table
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def profile(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of the decode step.")] = 1,
     rounds: Rounds = 10,
     threads: Threads = 0,
+    memory: Memory = None,
     json_file: JsonFile = None,
     plot: Plot = None,
 ) -> None:
@@ -32,7 +34,13 @@ def profile(
     check_ending(plot)
     path = resolve(model)
     result = profile_model(
-        path, prompt_tokens=prompt_tokens, depth=depth, sequences=batch, rounds=rounds, threads=threads
+        path,
+        prompt_tokens=prompt_tokens,
+        depth=depth,
+        sequences=batch,
+        rounds=rounds,
+        threads=threads,
+        memory=memory,
     )
     limits = result.limits
     print(

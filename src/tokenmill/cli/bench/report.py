@@ -15,14 +15,15 @@ def report(
         Path | None, typer.Option("--readme", help="Also put the headline table between this file's markers.")
     ] = None,
 ) -> None:
-    """Write a page of tables from result files, each with its command, machine and date."""
-    from tokenmill.bench.report import build_page, with_headline
+    """Write a page of tables and pictures from result files, each with its command, machine and date."""
+    from tokenmill.bench.report import PICTURES, build_page, with_headline
     from tokenmill.errors import UsageError
 
     files = [file for path in results for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     if not files:
         raise UsageError(f"there is no result file in {', '.join(map(str, results))}")
     page = build_page(files)
+    page.draw(out.parent / PICTURES)
     out.write_text(page.text)
     print(out)
     if readme is not None:

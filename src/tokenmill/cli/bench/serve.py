@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tokenmill.cli.bench.options import JsonFile, Plot, numbers, write
+from tokenmill.cli.measuring import JsonFile, Plot, numbers, write
 from tokenmill.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
-    from tokenmill.bench.load import LoadReport, Quantiles
+    from tokenmill.bench.load import LoadReport, LoadRequest, Quantiles
 
 
 def serve(
@@ -41,7 +41,9 @@ def serve(
     itl: Annotated[float | None, typer.Option("--itl", help="Bound for goodput: mean ms between tokens.")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait for any next byte.")] = 300.0,
     api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of prompts and arrivals; another one for a server that saw these.")
+    ] = 0,
     json_file: JsonFile = None,
     plot: Plot = None,
 ) -> None:
@@ -54,17 +56,22 @@ def serve(
     check_ending(plot)
     if rate is not None and concurrency is not None:
         raise UsageError("--rate and --concurrency are two kinds of load: give one")
-    if trace is not None:
-        chosen = read_trace(trace)
-    elif text is not None:
-        chosen = text_requests(requests, read_texts([text]), 4 * input_tokens, output_tokens, seed)
-    else:
-        chosen = random_requests(requests, input_tokens, output_tokens, vocabulary, seed)
-    replayed = trace is not None and all(r.arrival is not None for r in chosen) and not (rate or concurrency)
+    traced = [] if trace is None else read_trace(trace)
+    source = "" if text is None else read_texts([text])
+
+    def prompts(number: int) -> list[LoadRequest]:
+        """Of one run. Every run has its own, or it would find those of the run before in the server's cache."""
+        if trace is not None:
+            return traced
+        if text is not None:
+            return text_requests(requests, source, 4 * input_tokens, output_tokens, seed + number)
+        return random_requests(requests, input_tokens, output_tokens, vocabulary, seed + number)
+
+    replayed = trace is not None and all(r.arrival is not None for r in traced) and not (rate or concurrency)
     runs: list[LoadReport] = []
     loads = [0.0] if replayed else _rates(rate) if rate is not None else numbers("--concurrency", concurrency or "1", 1)
-    for load in loads:
-        done = 0
+    for number, load in enumerate(loads):
+        chosen, done = prompts(number), 0
 
         def tell(exchange: object, total: int = len(chosen)) -> None:
             nonlocal done
@@ -94,6 +101,7 @@ def serve(
         "load_unit": unit,
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
+        "seed": seed,
         "ttft_bound_ms": ttft,
         "itl_bound_ms": itl,
         "runs": [asdict(run) for run in runs],
@@ -148,5 +156,8 @@ def _print(unit: str, runs: list[LoadReport]) -> None:
         right=range(6),
     )
     for run in runs:
+        counted = f"{run.prompt_tokens} tokens in, {run.output_tokens} out"
+        fewer = f" of {run.asked_tokens} asked for" if run.output_tokens < run.asked_tokens else ""
+        print(f"{unit} {run.load:g}: {counted}{fewer}")
         for error, count in run.errors.items():
             print(f"{unit} {run.load:g}: {count} failed: {error}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tokenmill.cli.bench.options import JsonFile, Model, Plot, Rounds, Threads, numbers, write
-from tokenmill.cli.options import Memory
+from tokenmill.cli.measuring import JsonFile, Plot, Rounds, numbers, write
+from tokenmill.cli.options import Memory, Model, Threads
 from tokenmill.cli.terminal import megabytes, print_table, say
 
 
@@ -17,6 +16,7 @@ def roofline(threads: Threads = 0, json_file: JsonFile = None, plot: Plot = None
     """Measure the limits: read bandwidth by level and threads, int8, bf16 and fp32 peaks of each path."""
     from tokenmill import _native
     from tokenmill.bench.plot import check_ending, draw_roofline
+    from tokenmill.bench.record import processor_name
     from tokenmill.bench.roofline import measure_paths, measure_read_rates
 
     check_ending(plot)
@@ -46,6 +46,7 @@ def roofline(threads: Threads = 0, json_file: JsonFile = None, plot: Plot = None
     )
     paths = {isa: asdict(limit) for isa, limit in limits.items()}
     figures = {**asdict(best), "paths": paths, "read_rates": [asdict(rate) for rate in rates]}
+    figures["machine"] = processor_name()
     write(json_file, "roofline", figures)
     if plot is not None:
         draw_roofline(plot, figures)
@@ -70,65 +71,48 @@ def latency(
     By default one request, from its prompt to its last token. With several prompt lengths, --depth or --batch, each
     combination apart.
     """
-    lengths = numbers("--prompt-tokens", prompt_tokens, 1)
-    if len(lengths) > 1 or depth is not None or batch is not None:
-        depths, batches = numbers("--depth", depth or "0", 0), numbers("--batch", batch or "1", 1)
-        _sweep(model, lengths, depths, batches, output_tokens, rounds, threads, memory, json_file, plot)
-        return
+    from tokenmill import _native
     from tokenmill.bench.latency import measure_latency
+    from tokenmill.bench.plot import check_ending, draw_latency
+    from tokenmill.bench.sweep import sweep_latency
     from tokenmill.errors import UsageError
     from tokenmill.llm import LLM
 
-    if plot is not None:
-        raise UsageError("--plot draws speed against depth: give several --depth")
-    with LLM(
-        model,
-        threads=threads,
-        memory=memory,
-        max_model_len=lengths[0] + output_tokens,
-        max_num_seqs=1,
-        enable_prefix_caching=False,
-    ) as llm:
-        report = measure_latency(llm, lengths[0], output_tokens, rounds)
-    print(f"{model}: {lengths[0]} tokens in, {output_tokens} out, {report.threads} threads, {report.isa}")
-    print_table(
-        ("phase", "tokens/s", "share of limit", "limit"),
-        [
-            (
-                "prefill",
-                f"{report.prefill_tokens_per_second:.1f}",
-                f"{100 * report.prefill_share_of_int8_peak:.1f} %",
-                f"{report.int8_operations_per_second / 1e12:.3f} TOPS int8",
-            ),
-            (
-                "decode",
-                f"{report.decode_tokens_per_second:.1f}",
-                f"{100 * report.decode_share_of_bandwidth:.1f} %",
-                f"{report.memory_read_bytes_per_second / 1e9:.1f} GB/s read",
-            ),
-        ],
-    )
-    write(json_file, "latency", asdict(report), llm.path)
-
-
-def _sweep(
-    model: str,
-    lengths: list[int],
-    depths: list[int],
-    batches: list[int],
-    output_tokens: int,
-    rounds: int,
-    threads: int,
-    memory: str | None,
-    json_file: Path | None,
-    plot: Path | None,
-) -> None:
-    from tokenmill import _native
-    from tokenmill.bench.plot import check_ending, draw_latency
-    from tokenmill.bench.sweep import sweep_latency
-    from tokenmill.llm import LLM
-
     check_ending(plot)
+    lengths = numbers("--prompt-tokens", prompt_tokens, 1)
+    if len(lengths) == 1 and depth is None and batch is None:
+        if plot is not None:
+            raise UsageError("--plot draws speed against depth: give several --depth")
+        with LLM(
+            model,
+            threads=threads,
+            memory=memory,
+            max_model_len=lengths[0] + output_tokens,
+            max_num_seqs=1,
+            enable_prefix_caching=False,
+        ) as llm:
+            report = measure_latency(llm, lengths[0], output_tokens, rounds)
+        print(f"{model}: {lengths[0]} tokens in, {output_tokens} out, {report.threads} threads, {report.isa}")
+        print_table(
+            ("phase", "tokens/s", "of limit", "limits"),
+            [
+                (
+                    "prefill",
+                    report.prefill_tokens_per_second.text(1),
+                    f"{100 * report.prefill_share_of_limit.median:.1f} %",
+                    f"int8 {report.int8_operations_per_second.median / 1e12:.3f} TOPS",
+                ),
+                (
+                    "decode",
+                    report.decode_tokens_per_second.text(1),
+                    f"{100 * report.decode_share_of_limit.median:.1f} %",
+                    f"read {report.memory_read_bytes_per_second.median / 1e9:.1f} GB/s",
+                ),
+            ],
+        )
+        write(json_file, "latency", asdict(report), llm.path)
+        return
+    depths, batches = numbers("--depth", depth or "0", 0), numbers("--batch", batch or "1", 1)
     with LLM(
         model,
         threads=threads,
@@ -151,20 +135,19 @@ def _sweep(
     used = threads or _native.usable_cpu_count()
     print(f"{model}: {used} threads, {_native.active_isa()}, medians of {rounds}")
     print_table(
-        ("phase", "tokens", "depth", "batch", "tokens/s", "range", "share of limit"),
+        ("phase", "tokens", "depth", "batch", "tokens/s", "of limit"),
         [
             (
                 point.phase,
                 str(point.tokens),
                 str(point.depth),
                 str(point.batch),
-                f"{point.tokens_per_second.median:.1f}",
-                f"{point.tokens_per_second.low:.1f} to {point.tokens_per_second.high:.1f}",
+                point.tokens_per_second.text(1),
                 f"{100 * point.share_of_limit.median:.1f} %",
             )
             for point in points
         ],
-        right=(1, 2, 3, 4),
+        right=(1, 2, 3),
     )
     figures = {"model": model, "isa": _native.active_isa(), "threads": used, "points": [asdict(p) for p in points]}
     write(json_file, "latency-sweep", figures, llm.path)
@@ -199,9 +182,9 @@ def startup(
         [
             (
                 engine.name,
-                "failed" if engine.seconds is None else str(engine.seconds),
+                "failed" if engine.seconds is None else engine.seconds.text(2),
                 "" if engine.peak_bytes is None else megabytes(round(engine.peak_bytes.median)),
-                "" if engine.ratio is None else str(engine.ratio),
+                "" if engine.ratio is None else engine.ratio.text(2),
             )
             for engine in report.engines
         ],
@@ -239,12 +222,12 @@ def throughput(
         f"{report.threads} threads, {report.isa}"
     )
     print_table(
-        ("output tokens/s", "all tokens/s", "seconds"),
+        ("output tokens/s", "of limit", "with prompt tokens"),
         [
             (
-                f"{report.output_tokens_per_second:.1f}",
-                f"{report.total_tokens_per_second:.1f}",
-                " ".join(f"{s:.2f}" for s in report.seconds),
+                report.output_tokens_per_second.text(1),
+                f"{100 * report.share_of_limit.median:.1f} %",
+                report.total_tokens_per_second.text(1),
             )
         ],
     )

@@ -1,4 +1,4 @@
-"""Options that several ``bench`` verbs share."""
+"""What the verbs that measure share, ``bench`` and ``eval``: result files, pictures, lists of numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-Threads = Annotated[int, typer.Option("--threads", min=0, help="Threads; 0 for all usable.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the report to this file.")]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw it: .png, .svg or .html (needs the plot extra).")]
-Model = Annotated[str, typer.Argument(help="Name, .gguf file, folder, or org/name on the hub.")]
 Rounds = Annotated[int, typer.Option("--rounds", min=1, help="Samples; medians are shown.")]
 
 
