@@ -26,11 +26,13 @@ from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import (
     AddRequest,
     BeamSearch,
+    Embedded,
     EngineError,
     EngineOverloadedError,
     Failed,
     FailureKind,
     Finished,
+    Pooling,
     PromptScored,
     TokenLogprobs,
     TokenOutput,
@@ -211,6 +213,28 @@ class LLM:
         run.finish()
         return np.array([item.logprob for item in run.scores[request.request_id]], dtype=np.float32)
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["last", "mean"] = "last") -> Float32:
+        """Each prompt's embedding: ``[prompts, hidden]``, rows of Euclidean length 1.
+
+        They are the model's hidden states after its final norm, of the last token or their mean over the prompt. What
+        is served here was trained to generate, so measure whether they suit a task. Raises as :meth:`generate` does.
+        """
+        if pooling not in ("last", "mean"):
+            raise UsageError(f'pooling is {pooling!r}; it must be "last" or "mean"')
+        requests = [
+            AddRequest(
+                self.engine.new_request_id(),
+                ids,
+                SamplingParams(seed=0),
+                pooling=Pooling(pooling),
+                arrival=time.monotonic(),
+            )
+            for ids in self._prompt_ids(_as_batch(prompts), room=0)
+        ]
+        run = _Run(self, requests, together=True)
+        run.finish()
+        return np.stack([run.embeddings[request.request_id] for request in requests])
+
     def default_params(self, **overrides: Any) -> SamplingParams:
         """The model's recommended sampling parameters with some replaced."""
         return SamplingParams.from_defaults(self.generation_defaults, **overrides)
@@ -341,11 +365,12 @@ class _Run:
         self._builders = {
             (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer.detokenizer(continues=True))
             for request in requests
-            for index in range(1 if request.score_only else request.params.n)
+            for index in range(request.outputs)
         }
         self._open = set(self._builders)
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self.scores: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
+        self.embeddings: dict[int, Float32] = {}
         # Stop strings are found on this side, as tokens come.
         together = together and not any(request.params.stop for request in requests)
         self._events: EventStream = llm.engine.submit(list(requests), together=together)
@@ -386,6 +411,8 @@ class _Run:
                             yield chunk
                     case PromptScored():
                         self.scores[event.request_id] += event.logprobs
+                    case Embedded():
+                        self.embeddings[event.request_id] = event.vector
                     case Failed():
                         self._open = {key for key in self._open if key[0] != event.request_id}
                         which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "

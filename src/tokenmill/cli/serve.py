@@ -35,6 +35,7 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", help="File with a Jinja template in place of the model's.")
     ] = None,
+    pooling: Annotated[str, typer.Option("--pooling", help="What an embedding is made of: last, or mean.")] = "last",
     memory: options.Memory = None,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, help="Most sequences that run at once.")] = 32,
@@ -75,10 +76,13 @@ def serve(
         raise UsageError(needed) from error
     from tokenmill.engine.config import EngineConfig
     from tokenmill.engine.ledger import parse_size
+    from tokenmill.engine.messages import Pooling
     from tokenmill.sources import TerminalProgress, resolve
 
     if scheduling_policy not in ("fcfs", "priority"):
         raise UsageError(f"--scheduling-policy is {scheduling_policy!r}; it must be fcfs or priority")
+    if pooling not in ("last", "mean"):
+        raise UsageError(f"--pooling is {pooling!r}; it must be last or mean")
     if log_format not in ("text", "json"):
         raise UsageError(f"--log-format is {log_format!r}; it must be text or json")
     config = ServerConfig(
@@ -88,6 +92,7 @@ def serve(
         api_keys=tuple(api_key or _from_environment("TOKENMILL_API_KEY")),
         admin_api_keys=tuple(admin_api_key or _from_environment("TOKENMILL_ADMIN_API_KEY")),
         chat_template=None if chat_template is None else _read_template(chat_template),
+        pooling=Pooling(pooling),
         max_queued_requests=max_queued_requests,
         max_body_bytes=parse_size(max_body_size),
         shutdown_seconds=shutdown_timeout,

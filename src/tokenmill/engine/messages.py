@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from tokenmill.backends.backend import Float32
 from tokenmill.errors import TokenmillError
 from tokenmill.program.step import Int32
 from tokenmill.sampling import SamplingParams
@@ -44,6 +45,15 @@ class FinishReason(Enum):
     """Cancelled."""
 
 
+class Pooling(Enum):
+    """How the rows of a prompt become one vector."""
+
+    LAST = "last"
+    """The last token's row, which has seen all others."""
+    MEAN = "mean"
+    """The mean of all rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class BeamSearch:
     """Keep the ``width`` likeliest beginnings at every token, and return the ``width`` best outputs."""
@@ -54,7 +64,8 @@ class BeamSearch:
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities.
+    """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities, or with
+    ``pooling`` just its embedding.
 
     ``params.seed`` is set. ``eos_ids`` are the model's end tokens.
     """
@@ -64,6 +75,7 @@ class AddRequest:
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     score_only: bool = False
+    pooling: Pooling | None = None
     arrival: float = 0.0
     """``time.monotonic()`` at the front door."""
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -71,6 +83,16 @@ class AddRequest:
     beam: BeamSearch | None = None
     """If set, ``params`` has temperature 0, ``n`` = width and ``logprobs`` = 2 * width and nothing that changes logits;
     the outputs come all at once when the search is over, best first."""
+
+    @property
+    def generates(self) -> bool:
+        """False if only the prompt is of interest."""
+        return not self.score_only and self.pooling is None
+
+    @property
+    def outputs(self) -> int:
+        """How many end, each with a :class:`Finished`."""
+        return self.params.n if self.generates else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +136,14 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The prompt's embedding: its pooled rows of the final norm, ``[hidden]``, of Euclidean length 1."""
+
+    request_id: int
+    vector: Float32
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One generated token of output ``index``."""
 
@@ -148,4 +178,4 @@ class Failed:
 
 
 Message = AddRequest | AbortRequest
-Event = PromptScored | TokenOutput | Finished | Failed
+Event = PromptScored | Embedded | TokenOutput | Finished | Failed

@@ -190,7 +190,7 @@ class EngineProcess:
             raise EngineDeadError(self.reason)
         stream = EventStream()
         for request in requests:
-            self._streams[request.request_id] = (stream, 1 if request.score_only else request.params.n)
+            self._streams[request.request_id] = (stream, request.outputs)
         self._send(*requests)
         return stream
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tokenmill.engine.messages import Pooling
 from tokenmill.errors import UsageError
 
 
@@ -29,6 +30,8 @@ class ServerConfig:
     """For the routes that change the server. Without one they are closed if there are ``api_keys``."""
     chat_template: str | None = None
     """Source of a Jinja template that replaces the model's."""
+    pooling: Pooling = Pooling.LAST
+    """What an embedding is made of."""
     max_queued_requests: int = 1024
     """Outputs that may wait for a place beside the running ones; more are refused with 503."""
     max_body_bytes: int = 16 << 20

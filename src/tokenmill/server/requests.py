@@ -56,11 +56,44 @@ def _any_seed(value: int) -> int:
     return value % 2**64
 
 
+def _prompts(value: object) -> object:
+    """A list of prompts, each a text or a list of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    if not value:
+        raise ValueError("is an empty list; give at least one prompt")
+    if _are_ids(value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are taken")
+    if not all(isinstance(item, str) or (isinstance(item, list) and _are_ids(item)) for item in value):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    return value
+
+
+def _are_ids(value: list[object]) -> bool:
+    return all(isinstance(item, int) and not isinstance(item, bool) and -(2**31) <= item < 2**31 for item in value)
+
+
+def name_of(param: str, prompts: list[str | list[int]], number: int) -> str:
+    """What errors call prompt ``number`` of ``param``."""
+    return param if len(prompts) == 1 else f"{param}[{number}]"
+
+
+_OnePrompt = str | list[int]
+Prompts = Annotated[
+    list[_OnePrompt], BeforeValidator(_prompts, json_schema_input_type=_OnePrompt | list[str] | list[list[int]])
+]
+Truncation = Annotated[int, Field(ge=-1)]
+"""How many of a prompt's last tokens are kept; -1: as many as the context takes."""
 StopStrings = Annotated[list[str], BeforeValidator(_stop_strings)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_logit_bias)]
 Seed = Annotated[int, AfterValidator(_any_seed)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKEN_LIST)]
 Name = Annotated[str, Field(max_length=1024)]
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")]
 
 
 class StrictBody(BaseModel):
@@ -106,11 +139,11 @@ class SamplingBody(StrictBody):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
     cache_salt: Name | None = None
     priority: int | None = None
     structured_outputs: dict[str, Any] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")] | None = None
+    request_id: RequestId | None = None
 
     _sampling: ClassVar[tuple[str, ...]] = (
         "n",
@@ -138,7 +171,6 @@ class SamplingBody(StrictBody):
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "include_stop_str_in_output": (False,),
-        "truncate_prompt_tokens": (-1,),
     }
     """Values that ask for nothing, of the parameters that this server does not have."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 from tokenmill.engine.assemble import ModelText, load_text
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.messages import AddRequest, BeamSearch, Pooling
 from tokenmill.engine.process import EngineProcess, EngineState
 from tokenmill.engine.wire import EngineReady, EngineReport
 from tokenmill.program.step import Int32
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import AbortedError, ApiError, ShutdownError, unsupported
 from tokenmill.server.generation import Generation, prompt_array
@@ -97,8 +99,21 @@ class ServedModel:
             return self.tokenizer.encode(text, add_special, parse_special)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
 
-    def check_prompt(self, token_ids: Sequence[int], *, room: int = 1, param: str = "prompt") -> Int32:
-        """The prompt for the engine, with ``room`` for so many more tokens. Raises ApiError."""
+    async def prompt_ids(self, prompt: str | list[int], *, add_special: bool = True) -> list[int]:
+        """Token ids of a prompt in either form. Raises TokenizerError."""
+        if isinstance(prompt, list):
+            return prompt
+        return await self.encode(prompt, add_special=add_special) if prompt else []
+
+    def check_prompt(
+        self, token_ids: Sequence[int], *, room: int = 1, param: str = "prompt", truncate: int | None = None
+    ) -> Int32:
+        """The prompt for the engine, with ``room`` for so many more tokens. Raises ApiError.
+
+        With ``truncate`` only its last tokens: so many, or for -1 as many as the context takes.
+        """
+        if truncate is not None:
+            token_ids = token_ids[max(len(token_ids) - (self.max_model_len - room if truncate < 0 else truncate), 0) :]
         if not token_ids:
             raise ApiError(f"{param} is empty: it needs at least one token", param=param)
         if len(token_ids) + room > self.max_model_len:
@@ -118,28 +133,48 @@ class ServedModel:
         """The model's defaults with what a request gave. Raises SamplingError and ApiError."""
         params = SamplingParams.from_defaults(self.text.generation_defaults, **given)
         params.check_vocabulary(self.ready.vocab_size)
+        self.check_priority(params)
+        return params
+
+    def check_priority(self, params: SamplingParams) -> None:
+        """Raises ApiError for a priority that nobody would look at."""
         if params.priority and self.engine_config.scheduling_policy != "priority":
             raise unsupported("priority", "needs a server with --scheduling-policy priority")
-        return params
 
     # ---- generating ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Int32], params: SamplingParams, record: RequestRecord, *, score_only: bool = False
+        self,
+        prompts: Sequence[Int32],
+        params: SamplingParams,
+        record: RequestRecord,
+        *,
+        score_only: bool = False,
+        beam: BeamSearch | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
-        """Hands prompts to the engine. Raises ApiError (503) if they cannot be taken now."""
-        self._admit(len(prompts) * (1 if score_only else params.n))
+        """Hands prompts to the engine, what is wanted of them as in AddRequest. Raises ApiError (503) if they cannot be
+        taken now."""
+        bad_words = bad_word_ids(params.bad_words, lambda text: self.tokenizer.encode(text, add_special=False))
+        requests = [
+            AddRequest(
+                self.engine.new_request_id(),
+                prompt,
+                params.with_seed(secrets.randbits(64)),
+                self.tokenizer.eos_ids,
+                score_only=score_only,
+                pooling=pooling,
+                arrival=record.arrival,
+                bad_words=bad_words,
+                beam=beam,
+            )
+            for prompt in prompts
+        ]
+        self._admit(sum(request.outputs for request in requests))
         if self.config.log_prompts:
             record.prompts = [self.tokenizer.decode(prompt.tolist(), skip_special=False) for prompt in prompts]
         generation = Generation(
-            self.engine,
-            self.tokenizer,
-            self.metrics,
-            record,
-            prompts,
-            params,
-            score_only=score_only,
-            on_end=self._generation_ended,
+            self.engine, self.tokenizer, self.metrics, record, requests, on_end=self._generation_ended
         )
         self.generations[generation] = None
         return generation

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from tokenmill.engine.messages import TokenLogprobs
 from tokenmill.engine.outputs import CompletionOutput, StreamChunk
@@ -18,39 +18,12 @@ from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.fill_in_middle import fill_in_middle
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, MAX_PROMPTS, FormattedBody
+from tokenmill.server.requests import MAX_LOGPROBS, FormattedBody, Prompts, name_of
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
 
 router = new_router()
-
-
-def _prompts(value: object) -> object:
-    """A list of prompts, each a text or a list of token ids."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise ValueError("must be a string, a list of token ids, or a list of either")
-    if not value:
-        raise ValueError("is an empty list; give at least one prompt")
-    if _are_ids(value):
-        return [value]
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are taken")
-    if not all(isinstance(item, str) or (isinstance(item, list) and _are_ids(item)) for item in value):
-        raise ValueError("must be a string, a list of token ids, or a list of either")
-    return value
-
-
-def _are_ids(value: list[object]) -> bool:
-    return all(isinstance(item, int) and not isinstance(item, bool) and -(2**31) <= item < 2**31 for item in value)
-
-
-_OnePrompt = str | list[int]
-Prompts = Annotated[
-    list[_OnePrompt], BeforeValidator(_prompts, json_schema_input_type=_OnePrompt | list[str] | list[list[int]])
-]
 
 
 class CompletionBody(FormattedBody):
@@ -101,17 +74,16 @@ async def completions(body: CompletionBody, request: Request, served: Served, re
 
 async def _encoded(served: ServedModel, body: CompletionBody, number: int) -> Int32:
     prompt = body.prompt[number]
-    param = "prompt" if len(body.prompt) == 1 else f"prompt[{number}]"
+    param = name_of("prompt", body.prompt, number)
     room = 0 if body.max_tokens == 0 else 1
     if body.suffix:
         if not isinstance(prompt, str):
             raise ApiError("suffix needs prompts that are text", param="suffix")
+        if body.truncate_prompt_tokens is not None:
+            raise ApiError("truncate_prompt_tokens and suffix cannot be combined", param="truncate_prompt_tokens")
         return served.check_prompt(await fill_in_middle(served, prompt, body.suffix, "suffix"), room=room, param=param)
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ApiError(f"{param} is empty: it needs at least one token", param=param)
-        prompt = await served.encode(prompt, add_special=body.add_special_tokens is not False)
-    return served.check_prompt(prompt, room=room, param=param)
+    ids = await served.prompt_ids(prompt, add_special=body.add_special_tokens is not False)
+    return served.check_prompt(ids, room=room, param=param, truncate=body.truncate_prompt_tokens)
 
 
 @dataclass(slots=True)
