@@ -40,13 +40,11 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
 from tokenmill.errors import UsageError
 from tokenmill.models import ModelConfig
-from tokenmill.sampling import MAX_BEST_LOGPROBS, SamplingError, SamplingParams, bad_word_ids
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
-
-MAX_BEAM_WIDTH = MAX_BEST_LOGPROBS // 2
 
 Prompt = str | Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 Message = Mapping[str, Any]
@@ -155,19 +153,8 @@ class LLM:
         Outputs are compared by ``cumulative_logprob`` over the number of their tokens to the power of
         ``length_penalty``: above 0 it favours longer ones. Raises as :meth:`generate` does.
         """
-        if isinstance(beam_width, bool) or not isinstance(beam_width, int) or not 1 <= beam_width <= MAX_BEAM_WIDTH:
-            raise SamplingError(f"beam_width is {beam_width!r}; it must be a whole number, 1 to {MAX_BEAM_WIDTH}")
-        if isinstance(length_penalty, bool | str) or not -10 <= length_penalty <= 10:
-            raise SamplingError(f"length_penalty is {length_penalty!r}; it must be a number, -10 to 10")
-        params = SamplingParams(
-            n=beam_width,
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            stop_token_ids=stop_token_ids,
-            logprobs=2 * beam_width,
-        )
-        search = BeamSearch(beam_width, float(length_penalty))
+        search = BeamSearch(beam_width, length_penalty)
+        params = search.params(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
         batch = _as_batch(prompts)
         return self._run_all(batch, [replace(one, beam=search) for one in self._requests(batch, params)])
 
@@ -363,7 +350,7 @@ class _Run:
         """``together``: nobody looks at the outputs before all have ended."""
         self._llm = llm
         self._builders = {
-            (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer.detokenizer(continues=True))
+            (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer)
             for request in requests
             for index in range(request.outputs)
         }

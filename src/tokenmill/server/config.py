@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenmill.engine.messages import Pooling
 from tokenmill.errors import UsageError
+from tokenmill.server.reasoning import ReasoningParser
 
 
 class LogFormat(Enum):
@@ -30,6 +31,7 @@ class ServerConfig:
     """For the routes that change the server. Without one they are closed if there are ``api_keys``."""
     chat_template: str | None = None
     """Source of a Jinja template that replaces the model's."""
+    reasoning_parser: ReasoningParser = ReasoningParser.AUTO
     pooling: Pooling = Pooling.LAST
     """What an embedding is made of."""
     max_queued_requests: int = 1024

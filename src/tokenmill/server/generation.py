@@ -70,7 +70,7 @@ class Generation:
         self._ended = False
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._builders = {
-            (request.request_id, index): OutputBuilder(index, request.params, tokenizer.detokenizer(continues=True))
+            (request.request_id, index): OutputBuilder(index, request.params, tokenizer)
             for request in requests
             for index in range(request.outputs)
         }

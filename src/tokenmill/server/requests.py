@@ -6,13 +6,21 @@ names it. A parameter given as null counts as not given.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from tokenmill.engine.messages import MAX_BEAM_WIDTH, BeamSearch
+from tokenmill.sampling import SamplingParams
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.structure import from_fields, from_format
 from tokenmill.structured import StructuredOutputs
+
+if TYPE_CHECKING:
+    from tokenmill.program.step import Int32
+    from tokenmill.server.generation import Generation
+    from tokenmill.server.request_log import RequestRecord
+    from tokenmill.server.served import ServedModel
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -96,6 +104,9 @@ Name = Annotated[str, Field(max_length=1024)]
 RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")]
 
 
+_DEFAULTS = SamplingParams()
+
+
 class StrictBody(BaseModel):
     """A body without unknown names and without silent conversions."""
 
@@ -159,6 +170,8 @@ class SamplingBody(StrictBody):
         "stop",
         "stop_token_ids",
         "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
         "min_tokens",
         "logit_bias",
         "prompt_logprobs",
@@ -168,9 +181,7 @@ class SamplingBody(StrictBody):
         "priority",
     )
     _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        "include_stop_str_in_output": (False,),
     }
     """Values that ask for nothing, of the parameters that this server does not have."""
 
@@ -208,10 +219,61 @@ class SamplingBody(StrictBody):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class FormattedBody(SamplingBody):
-    """A sampling body that has OpenAI's ``response_format`` too."""
+class AnswerBody(SamplingBody):
+    """A sampling body that has OpenAI's ``response_format`` too, and vLLM's beam search."""
 
     response_format: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+
+    _with_beams: ClassVar[tuple[str, ...]] = (
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "logprobs",
+        "prompt_logprobs",
+        "cache_salt",
+        "priority",
+        "seed",
+    )
+    """Sampling parameters that a search can follow; the others change probabilities, or draw."""
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.length_penalty is not None and not self.use_beam_search:
+            raise ApiError("length_penalty needs use_beam_search", param="length_penalty")
+        if self.use_beam_search and (self.n or 1) > MAX_BEAM_WIDTH:
+            raise ApiError(f"n is {self.n}; a beam search keeps at most {MAX_BEAM_WIDTH}", param="n")
+
+    def start(
+        self,
+        served: ServedModel,
+        given: dict[str, Any],
+        prompts: list[Int32],
+        record: RequestRecord,
+        *,
+        score_only: bool = False,
+    ) -> Generation:
+        """Hands prompts to the engine with the sampling parameters ``given``. Raises SamplingError and ApiError."""
+        searched = self._beam_search(given)
+        if searched is None:
+            return served.generate(prompts, served.sampling_params(given), record, score_only=score_only)
+        search, params = searched
+        served.check_params(params)
+        return served.generate(prompts, params, record, beam=search)
+
+    def _beam_search(self, given: dict[str, Any]) -> tuple[BeamSearch, SamplingParams] | None:
+        """The search that is asked for, as wide as ``n``, and its parameters of those ``given``. Raises ApiError."""
+        if not self.use_beam_search:
+            return None
+        search = BeamSearch(self.n or 1, 1.0 if self.length_penalty is None else self.length_penalty)
+        for name, value in given.items():
+            neutral = (0, 1) if name == "temperature" else (getattr(_DEFAULTS, name),)
+            if name not in (*self._with_beams, "n") and value not in neutral:
+                raise unsupported(name, "cannot be combined with use_beam_search")
+        return search, search.params(**{name: given[name] for name in self._with_beams if name in given})
 
     def structure(self) -> StructuredOutputs | None:
         wanted = [each for each in (super().structure(), from_format(self.response_format)) if each is not None]

@@ -21,6 +21,7 @@ from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import AbortedError, ApiError, ShutdownError, unsupported
 from tokenmill.server.generation import Generation, prompt_array
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.reasoning import ReasoningReader
 from tokenmill.server.request_log import RequestRecord, log
 from tokenmill.tokenizer import Tokenizer
 
@@ -132,14 +133,20 @@ class ServedModel:
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """The model's defaults with what a request gave. Raises SamplingError and ApiError."""
         params = SamplingParams.from_defaults(self.text.generation_defaults, **given)
-        params.check_vocabulary(self.ready.vocab_size)
-        self.check_priority(params)
+        self.check_params(params)
         return params
 
-    def check_priority(self, params: SamplingParams) -> None:
-        """Raises ApiError for a priority that nobody would look at."""
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises SamplingError and ApiError for parameters that this model or this server cannot honour."""
+        params.check_vocabulary(self.ready.vocab_size)
         if params.priority and self.engine_config.scheduling_policy != "priority":
             raise unsupported("priority", "needs a server with --scheduling-policy priority")
+
+    def reasoning_reader(self, prompt: str, params: SamplingParams) -> ReasoningReader | None:
+        """Finds the reasoning in an answer to the rendered ``prompt``. An answer of a given form has none."""
+        if params.structured_outputs is not None:
+            return None
+        return self.config.reasoning_parser.reader(self.tokenizer.chat_template, prompt)
 
     # ---- generating ------------------------------------------------------------------------------------------------
 

@@ -81,11 +81,6 @@ class ForcedCalls:
             self.calls = [ToolCall(each["name"], json.dumps(each["parameters"], ensure_ascii=False)) for each in value]
         return "", self.calls
 
-    def read_all(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Prose and calls of a whole output."""
-        self.push(text)
-        return self.flush()
-
 
 def _list_of(schemas: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, "items": {"anyOf": [_call(*each) for each in schemas.items()]}}

@@ -18,7 +18,7 @@ from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.fill_in_middle import fill_in_middle
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, FormattedBody, Prompts, name_of
+from tokenmill.server.requests import MAX_LOGPROBS, AnswerBody, Prompts, name_of
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
@@ -26,7 +26,7 @@ from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, even
 router = new_router()
 
 
-class CompletionBody(FormattedBody):
+class CompletionBody(AnswerBody):
     prompt: Prompts
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -39,6 +39,8 @@ class CompletionBody(FormattedBody):
         super().refuse_unsupported()
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of", "is not supported by this server; use n")
+        if self.use_beam_search and self.max_tokens == 0:
+            raise ApiError("use_beam_search needs max_tokens above 0", param="max_tokens")
         if self.suffix and self.echo:
             raise ApiError("suffix and echo cannot be combined", param="suffix")
         if self.max_tokens == 0 and not self.echo:
@@ -63,8 +65,7 @@ async def completions(body: CompletionBody, request: Request, served: Served, re
     if scores_only:
         given.setdefault("prompt_logprobs", 0)
         given.pop("min_tokens", None)
-    params = served.sampling_params(given)
-    generation = served.generate(prompts, params, record, score_only=scores_only)
+    generation = body.start(served, given, prompts, record, score_only=scores_only)
     answer = _Answer(served, body, generation, record, name)
     if body.stream:
         return EventStreamResponse(generation, answer.frames(), served.metrics)

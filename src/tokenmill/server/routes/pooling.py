@@ -46,7 +46,7 @@ async def embeddings(body: EmbeddingsBody, request: Request, served: Served, rec
         param = name_of("input", body.input, number)
         prompts.append(served.check_prompt(ids, room=0, param=param, truncate=body.truncate_prompt_tokens))
     params = SamplingParams(max_tokens=None, priority=body.priority or 0)
-    served.check_priority(params)
+    served.check_params(params)
     generation = served.generate(prompts, params, record, pooling=served.config.pooling)
     await finish_or_leave(request, generation, served.metrics)
     data = [
