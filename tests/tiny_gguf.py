@@ -31,8 +31,8 @@ def write_tiny_gguf(
     """Writes a random llama, qwen2 or gemma3 model whose matrices cycle through ``formats``.
 
     Hidden size 256, four query heads and two KV heads of 64, window 48 on gemma3's local layers. Formats of 32 take
-    part with the same shapes, so every matrix fits every format. ``describe`` may add metadata, such as a tokenizer, and
-    tensors; ``alter`` may change the values of a matrix, by its name.
+    part with the same shapes, so every matrix fits every format. ``describe`` may add metadata, such as a tokenizer,
+    and tensors; ``alter`` may change the values of a matrix, by its name.
     """
     rng = np.random.default_rng(seed)
     hidden, inner, heads, kv_heads, head_dim = 256, 512, 4, 2, 64

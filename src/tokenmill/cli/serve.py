@@ -67,6 +67,9 @@ def serve(
     ] = None,
     ssl_certfile: Annotated[Path | None, typer.Option("--ssl-certfile", help="Certificate chain, PEM.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option("--ssl-keyfile", help="Its private key, PEM.")] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option("--otlp-traces-endpoint", help="OpenTelemetry collector, e.g. http://127.0.0.1:4318.")
+    ] = None,
     log_format: Annotated[str, typer.Option("--log-format", help="text or json.")] = "text",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
@@ -106,6 +109,7 @@ def serve(
         cors_origins=tuple(cors_origin or ()),
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         log_format=LogFormat(log_format),
         log_prompts=log_prompts,
     )

@@ -45,6 +45,8 @@ class ServerConfig:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     log_format: LogFormat = LogFormat.TEXT
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector that gets a span of each request, by OTLP over HTTP."""
     log_prompts: bool = False
     """Writes prompts and answers to the log."""
 

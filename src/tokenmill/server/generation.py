@@ -26,7 +26,7 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChunk
 from tokenmill.engine.process import EngineProcess
 from tokenmill.program.step import Int32
-from tokenmill.server.errors import RequestError
+from tokenmill.server.errors import RequestError, StoppedError
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.tokenizer import Tokenizer
@@ -77,6 +77,7 @@ class Generation:
         self._last_token: dict[tuple[int, int], float] = {}
         self._open = set(self._builders)
         self._events = engine.submit(requests)
+        record.params = self.params
         record.prompt_tokens = sum(map(len, self.prompts))
         for prompt in self.prompts:
             metrics.request_arrived(len(prompt), self.params)
@@ -128,7 +129,7 @@ class Generation:
                     yield [Piece(self._numbers[key[0]], chunk) for key, chunk in merged.items()]
         except EngineError as error:
             self.record.error = str(error)
-            self._metrics.output_failed(len(self._open))
+            self._metrics.outputs_lost("abort" if isinstance(error, StoppedError) else "error", len(self._open))
             raise
         finally:
             self.end()
@@ -170,7 +171,6 @@ class Generation:
             case Embedded():
                 self.embeddings[self._numbers[event.request_id]] = event.vector
             case Failed():
-                self._open = {key for key in self._open if key[0] != event.request_id}
                 which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
                 raise failure(event, which + event.error)
         return None

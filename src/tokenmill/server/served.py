@@ -23,6 +23,7 @@ from tokenmill.server.generation import Generation, prompt_array
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.reasoning import ReasoningReader
 from tokenmill.server.request_log import RequestRecord, log
+from tokenmill.server.tracing import Tracing, otlp_exporter
 from tokenmill.tokenizer import Tokenizer
 
 LONG_TEXT = 20_000
@@ -43,6 +44,8 @@ class ServedModel:
         self.engine = EngineProcess(
             engine_config, path, on_report=self._report_came, on_death=self._engine_died, on_restart=self._engine_came
         )
+        endpoint = config.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(otlp_exporter(endpoint), config.names[0])
         self.ready: EngineReady
         self.text: ModelText
         self.tokenizer: Tokenizer
@@ -69,6 +72,8 @@ class ServedModel:
 
     async def close(self) -> None:
         await self.engine.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
