@@ -8,8 +8,6 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from served_model import SMALL, RunningServer, serving
 from tiny_gguf import CHAT_TEMPLATE, write_scripted_model
 
@@ -21,12 +19,9 @@ OPENED = CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n")
 ASK: list[Any] = [{"role": "user", "content": "Rain?"}]
 
 
-def read(text: str, sizes: list[int], *, begun: bool) -> tuple[str, str]:
+def read(text: str, size: int, *, begun: bool) -> tuple[str, str]:
     reader = ReasoningReader(begun=begun)
-    found, at, turn = [], 0, 0
-    while at < len(text):
-        found.append(reader.push(text[at : at + sizes[turn % len(sizes)]]))
-        at, turn = at + sizes[turn % len(sizes)], turn + 1
+    found = [reader.push(text[at : at + size]) for at in range(0, len(text), size)]
     found.append(reader.flush())
     return "".join(thought for thought, _ in found), "".join(rest for _, rest in found)
 
@@ -47,9 +42,9 @@ def read(text: str, sizes: list[int], *, begun: bool) -> tuple[str, str]:
         (" \n", True, ("", "")),
     ],
 )
-@given(sizes=st.lists(st.integers(1, 9), min_size=1))
-def test_pieces_do_not_matter(text: str, begun: bool, expected: tuple[str, str], sizes: list[int]) -> None:
-    assert read(text, sizes, begun=begun) == expected
+def test_pieces_do_not_matter(text: str, begun: bool, expected: tuple[str, str]) -> None:
+    for size in range(1, 20):
+        assert read(text, size, begun=begun) == expected
 
 
 def test_the_template_says_whether_there_is_reasoning() -> None:
@@ -129,7 +124,7 @@ def test_responses(thinker: RunningServer) -> None:
 
 def test_anthropics_messages(thinker: RunningServer) -> None:
     client = anthropic.Anthropic(base_url=thinker.url, api_key="none", max_retries=0)
-    ask: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 50, "temperature": 0}
+    ask: dict[str, Any] = {"model": "tiny", "messages": ASK, "max_tokens": 50}
     whole = client.messages.create(**ask, thinking={"type": "adaptive"})
     thinking, text = whole.content
     assert thinking.type == "thinking"

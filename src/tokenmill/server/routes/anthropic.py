@@ -68,7 +68,7 @@ def _from_blocks(blocks: list[object], role: str, number: int) -> list[dict[str,
                 raise ValueError(f"[{number}].content[{place}] is of type {kind!r:.40}, which cannot be read here")
             case _:
                 raise ValueError(f"[{number}].content[{place}] is no block")
-    if texts or calls:
+    if texts or thoughts or calls:
         message: dict[str, Any] = {"role": role, "content": texts or ""}
         if thoughts:
             message["reasoning_content"] = "\n".join(thoughts)
