@@ -11,13 +11,14 @@ from served_model import RunningServer
 
 from tokenmill import LLM
 
+BY_ID = {"return_tokens_as_token_ids": True}
 SEARCH: dict[str, Any] = {"use_beam_search": True, "n": 3, "max_tokens": 8, "length_penalty": 0.6, "temperature": 0}
 
 
 def test_the_server_finds_what_the_library_finds(server: RunningServer, tiny_model: Path) -> None:
     with LLM(tiny_model, memory="600MB", max_model_len=2048, threads=1) as llm:
         (expected,) = llm.beam_search("the rain", beam_width=3, max_tokens=8, length_penalty=0.6)
-    answer = server.post("/v1/completions", {"prompt": "the rain", **SEARCH, "logprobs": 2}).json()
+    answer = server.post("/v1/completions", {"prompt": "the rain", **SEARCH, "logprobs": 2, **BY_ID}).json()
     assert [choice["text"] for choice in answer["choices"]] == [output.text for output in expected.outputs]
     assert len({choice["text"] for choice in answer["choices"]}) == 3
     for choice, output in zip(answer["choices"], expected.outputs, strict=True):
