@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _MAX_LEXER_STATES = 50_000
 """Of one or two kilobytes each."""
 _WHITE_SPACE = r" |\n {0,16}"
-"""What may stand between two tokens of JSON: as models write it, but not without end, as small ones do that have nothing
-more to say. docs/serving.md has what forbidding it costs."""
+"""What may stand between two tokens of JSON: as models write it, but not without end, as small ones do that have
+nothing more to say. docs/serving.md has what forbidding it costs."""
 _TOKENS_AT_ONCE = 512
 """Tokens read from the vocabulary before other threads get their turn."""
 
