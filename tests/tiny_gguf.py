@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +26,13 @@ def write_tiny_gguf(
     layers: int = 2,
     seed: int = 0,
     describe: Callable[[gguf.GGUFWriter], None] = lambda _: None,
+    alter: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values,
 ) -> Path:
     """Writes a random llama, qwen2 or gemma3 model whose matrices cycle through ``formats``.
 
     Hidden size 256, four query heads and two KV heads of 64, window 48 on gemma3's local layers. Formats of 32 take
-    part with the same shapes, so every matrix fits every format. ``describe`` may add metadata, such as a tokenizer.
+    part with the same shapes, so every matrix fits every format. ``describe`` may add metadata, such as a tokenizer,
+    and tensors; ``alter`` may change the values of a matrix, by its name.
     """
     rng = np.random.default_rng(seed)
     hidden, inner, heads, kv_heads, head_dim = 256, 512, 4, 2, 64
@@ -56,7 +59,7 @@ def write_tiny_gguf(
         nonlocal used
         kind = gguf.GGMLQuantizationType[formats[used % len(formats)]]
         used += 1
-        values = (rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32)
+        values = alter(name, (rng.normal(size=(rows, columns)) * scale / np.sqrt(columns)).astype(np.float32))
         writer.add_tensor(
             name, gguf.quantize(values, kind) if _can_quantize(kind) else _blocks(values, kind), raw_dtype=kind
         )
@@ -122,22 +125,73 @@ def _blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
 
 def write_speaking_model(path: Path) -> Path:
     """A random model with a byte-level vocabulary: one token a byte, a few merges, control tokens."""
+    return write_tiny_gguf(path, describe=_byte_level(CHAT_TEMPLATE)[1])
+
+
+def write_poisoned_model(path: Path, poison: str) -> Path:
+    """A speaking model in which the embedding of the character ``poison`` is NaN."""
+    tokens, describe = _byte_level(CHAT_TEMPLATE)
+    head = np.random.default_rng(1).normal(size=(VOCABULARY, 256)).astype(np.float32)
+
+    def alter(name: str, values: np.ndarray) -> np.ndarray:
+        if name == "token_embd.weight":
+            values[tokens.index(poison)] = np.nan
+        return values
+
+    def describe_with_head(writer: gguf.GGUFWriter) -> None:
+        describe(writer)
+        writer.add_tensor("output.weight", head)
+
+    return write_tiny_gguf(path, formats=("F32",), describe=describe_with_head, alter=alter)
+
+
+def write_scripted_model(path: Path, script: Sequence[str], chat_template: str = CHAT_TEMPLATE) -> Path:
+    """A model that says ``script`` after a line break and then ends. The pieces, one token each, must differ.
+
+    Its layers add nothing to the embedding of the last token, and the head knows what follows each token.
+    """
+    tokens, describe = _byte_level(chat_template, script)
+    embeddings = np.random.default_rng(0).normal(size=(VOCABULARY, 256)).astype(np.float32)
+    head = np.zeros_like(embeddings)
+    for token, following in itertools.pairwise([_spelled("\n"), *map(_spelled, script), "<|im_end|>"]):
+        head[tokens.index(following)] = embeddings[tokens.index(token)]
+
+    def alter(name: str, values: np.ndarray) -> np.ndarray:
+        if name == "token_embd.weight":
+            return embeddings
+        return np.zeros_like(values) if name.endswith(("attn_output.weight", "ffn_down.weight")) else values
+
+    def describe_with_head(writer: gguf.GGUFWriter) -> None:
+        describe(writer)
+        writer.add_tensor("output.weight", head)
+
+    return write_tiny_gguf(path, formats=("F32",), layers=1, describe=describe_with_head, alter=alter)
+
+
+def _spelled(text: str) -> str:
+    """As byte-level vocabularies write it."""
+    return text.replace(" ", "Ġ").replace("\n", "Ċ")
+
+
+def _byte_level(chat_template: str, more: Sequence[str] = ()) -> tuple[list[str], Callable[[gguf.GGUFWriter], None]]:
+    """The tokens of a byte-level vocabulary, ``more`` among them, and what writes it into a model."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(len(others))]
     merges = ["t h", "e r", "a n", "i n", "th e", "Ġ the"]
     tokens = [*letters, *(merge.replace(" ", "") for merge in merges), *CONTROL]
-    filler = [f"<unused{n}>" for n in range(VOCABULARY - len(tokens))]
-    types = [1] * (len(tokens) - len(CONTROL)) + [3] * len(CONTROL) + [3] * len(filler)
+    filler = [f"<unused{n}>" for n in range(VOCABULARY - len(tokens) - len(more))]
+    types = [1] * (len(tokens) - len(CONTROL)) + [3] * (len(CONTROL) + len(filler)) + [1] * len(more)
+    tokens += [*filler, *map(_spelled, more)]
 
     def describe(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("gpt-2")
-        writer.add_token_list([*tokens, *filler])
+        writer.add_token_list(tokens)
         writer.add_token_types(types)
         writer.add_token_merges(merges)
         writer.add_eos_token_id(tokens.index("<|im_end|>"))
         writer.add_add_bos_token(False)
-        writer.add_chat_template(CHAT_TEMPLATE)
+        writer.add_chat_template(chat_template)
 
-    return write_tiny_gguf(path, describe=describe)
+    return tokens, describe

@@ -82,7 +82,7 @@ class ToyBackend:
                 if row in sampled:
                     rows[row] = self._logits(plan, tables, sequence, int(plan.slots[row]), int(plan.token_ids[row]))
         logits = np.stack([rows[row] for row in sorted(rows)]) if rows else np.zeros((0, self.vocab_size), np.float32)
-        return {"logits": logits}
+        return {"logits": logits, "hidden": logits[:, :8]}
 
     def _logits(self, plan: StepPlan, tables: np.ndarray, sequence: int, slot: int, token: int) -> Float32:
         if token in self.poisoned:

@@ -26,11 +26,13 @@ from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import (
     AddRequest,
     BeamSearch,
+    Embedded,
     EngineError,
     EngineOverloadedError,
     Failed,
     FailureKind,
     Finished,
+    Pooling,
     PromptScored,
     TokenLogprobs,
     TokenOutput,
@@ -38,13 +40,11 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, RequestOutput, StreamChunk
 from tokenmill.errors import UsageError
 from tokenmill.models import ModelConfig
-from tokenmill.sampling import MAX_BEST_LOGPROBS, SamplingError, SamplingParams, bad_word_ids
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.sources import resolve
 from tokenmill.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "OutputStream", "PromptError", "RequestOutput", "SamplingParams", "StreamChunk"]
-
-MAX_BEAM_WIDTH = MAX_BEST_LOGPROBS // 2
 
 Prompt = str | Sequence[int] | np.ndarray[Any, np.dtype[np.integer[Any]]]
 Message = Mapping[str, Any]
@@ -153,19 +153,8 @@ class LLM:
         Outputs are compared by ``cumulative_logprob`` over the number of their tokens to the power of
         ``length_penalty``: above 0 it favours longer ones. Raises as :meth:`generate` does.
         """
-        if isinstance(beam_width, bool) or not isinstance(beam_width, int) or not 1 <= beam_width <= MAX_BEAM_WIDTH:
-            raise SamplingError(f"beam_width is {beam_width!r}; it must be a whole number, 1 to {MAX_BEAM_WIDTH}")
-        if isinstance(length_penalty, bool | str) or not -10 <= length_penalty <= 10:
-            raise SamplingError(f"length_penalty is {length_penalty!r}; it must be a number, -10 to 10")
-        params = SamplingParams(
-            n=beam_width,
-            temperature=0,
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            stop_token_ids=stop_token_ids,
-            logprobs=2 * beam_width,
-        )
-        search = BeamSearch(beam_width, float(length_penalty))
+        search = BeamSearch(beam_width, length_penalty)
+        params = search.params(max_tokens=max_tokens, ignore_eos=ignore_eos, stop_token_ids=stop_token_ids)
         batch = _as_batch(prompts)
         return self._run_all(batch, [replace(one, beam=search) for one in self._requests(batch, params)])
 
@@ -210,6 +199,28 @@ class LLM:
         run = _Run(self, [request], together=True)
         run.finish()
         return np.array([item.logprob for item in run.scores[request.request_id]], dtype=np.float32)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Literal["last", "mean"] = "last") -> Float32:
+        """Each prompt's embedding: ``[prompts, hidden]``, rows of Euclidean length 1.
+
+        They are the model's hidden states after its final norm, of the last token or their mean over the prompt. What
+        is served here was trained to generate, so measure whether they suit a task. Raises as :meth:`generate` does.
+        """
+        if pooling not in ("last", "mean"):
+            raise UsageError(f'pooling is {pooling!r}; it must be "last" or "mean"')
+        requests = [
+            AddRequest(
+                self.engine.new_request_id(),
+                ids,
+                SamplingParams(seed=0),
+                pooling=Pooling(pooling),
+                arrival=time.monotonic(),
+            )
+            for ids in self._prompt_ids(_as_batch(prompts), room=0)
+        ]
+        run = _Run(self, requests, together=True)
+        run.finish()
+        return np.stack([run.embeddings[request.request_id] for request in requests])
 
     def default_params(self, **overrides: Any) -> SamplingParams:
         """The model's recommended sampling parameters with some replaced."""
@@ -340,13 +351,14 @@ class _Run:
         """``together``: nobody looks at the outputs before all have ended."""
         self._llm = llm
         self._builders = {
-            (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer.detokenizer(continues=True))
+            (request.request_id, index): OutputBuilder(index, request.params, llm.tokenizer)
             for request in requests
-            for index in range(1 if request.score_only else request.params.n)
+            for index in range(request.outputs)
         }
         self._open = set(self._builders)
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self.scores: dict[int, list[TokenLogprobs]] = {request.request_id: [] for request in requests}
+        self.embeddings: dict[int, Float32] = {}
         # Stop strings are found on this side, as tokens come.
         together = together and not any(request.params.stop for request in requests)
         self._events: EventStream = llm.engine.submit(list(requests), together=together)
@@ -387,6 +399,8 @@ class _Run:
                             yield chunk
                     case PromptScored():
                         self.scores[event.request_id] += event.logprobs
+                    case Embedded():
+                        self.embeddings[event.request_id] = event.vector
                     case Failed():
                         self._open = {key for key in self._open if key[0] != event.request_id}
                         which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "

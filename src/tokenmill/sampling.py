@@ -50,6 +50,10 @@ class SamplingParams:
     """Strings that end the output and are cut from it."""
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    """Keeps the text of the stop string, or of the stop token, that ended the output."""
+    skip_special_tokens: bool = True
+    """Leaves special tokens out of the text."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     bad_words: Sequence[str] = ()
     """Texts that the output must not get, as the tokenizer writes them at a text's beginning and after a space."""
@@ -115,8 +119,9 @@ class SamplingParams:
             raise SamplingError(
                 f"structured_outputs is {self.structured_outputs!r}; it must be StructuredOutputs or None"
             )
-        if not isinstance(self.ignore_eos, bool):
-            raise SamplingError(f"ignore_eos is {self.ignore_eos!r}; it must be True or False")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise SamplingError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         _check_whole("logprobs", self.logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_BEST_LOGPROBS, optional=True)
         _check_whole("n", self.n, 1, MAX_SAMPLES)

@@ -16,7 +16,7 @@ from tiny_gguf import VOCABULARY, write_tiny_gguf
 from tokenmill.backends.backend import StepLimits
 from tokenmill.backends.native import NativeBackend
 from tokenmill.engine.core import EngineCore
-from tokenmill.engine.messages import AddRequest, Event, PromptScored, TokenOutput
+from tokenmill.engine.messages import AddRequest, Embedded, Event, Pooling, PromptScored, TokenOutput
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
 from tokenmill.engine.swap import SwapSpace
 from tokenmill.models import bind
@@ -68,7 +68,8 @@ def make_core(
 
 
 def make_requests(rng: random.Random) -> list[AddRequest]:
-    """Prompts of all lengths, some sharing long prefixes; greedy and sampled, some wanting prompt log-probabilities."""
+    """Prompts of all lengths, some sharing long prefixes; greedy and sampled, some wanting prompt log-probabilities,
+    some their embedding only."""
     shared = [rng.randrange(VOCABULARY) for _ in range(300)]
     requests = []
     for number in range(14):
@@ -85,6 +86,10 @@ def make_requests(rng: random.Random) -> list[AddRequest]:
             n=3 if number % 4 == 1 else 1,
         )
         requests.append(AddRequest(number, np.array(prompt, np.int32), params))
+    for number, pooling in enumerate((*Pooling, *Pooling), start=len(requests)):
+        own = [rng.randrange(VOCABULARY) for _ in range(rng.choice((1, 33, 200)))]
+        prompt = np.array(shared[: rng.choice((64, 300))] + own, np.int32)
+        requests.append(AddRequest(number, prompt, SamplingParams(seed=0), pooling=pooling))
     return requests
 
 
@@ -96,6 +101,8 @@ def collect(events: list[Event], outputs: Outputs) -> None:
         elif isinstance(event, PromptScored):
             scored = outputs.setdefault((event.request_id, -1), [])
             scored += [(event.first + i, item.logprob) for i, item in enumerate(event.logprobs)]
+        elif isinstance(event, Embedded):
+            outputs[event.request_id, -2] = list(enumerate(event.vector.tolist()))
 
 
 def run(core: EngineCore, requests: list[AddRequest], rng: random.Random) -> Outputs:

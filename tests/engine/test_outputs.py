@@ -9,9 +9,9 @@ import pytest
 from tokenmill.engine.outputs import StopText
 
 
-def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, str | None, list[str]]:
+def feed(stops: tuple[str, ...], pieces: list[str], *, include: bool = False) -> tuple[str, str | None, list[str]]:
     """The whole text, the stop string found, and what each piece released."""
-    stop = StopText(stops)
+    stop = StopText(stops, include=include)
     released = []
     for piece in pieces:
         released.append(stop.push(piece))
@@ -22,6 +22,10 @@ def feed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, str | None, li
 
 def test_text_is_cut_before_the_stop_string() -> None:
     assert feed(("END",), ["one two END three"])[:2] == ("one two ", "END")
+
+
+def test_the_stop_string_is_kept_if_it_is_wanted() -> None:
+    assert feed(("END",), ["one E", "N", "D two"], include=True)[:2] == ("one END", "END")
 
 
 def test_a_stop_string_is_found_across_pieces() -> None:

@@ -27,7 +27,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.process import EngineProcess, EngineStartError, EngineState, EventStream
-from tokenmill.engine.wire import EngineFailed, decode_body, encode_frame
+from tokenmill.engine.wire import EngineFailed, EngineReport, decode_body, encode_frame
 from tokenmill.errors import MemoryLimitError
 from tokenmill.sampling import SamplingParams
 
@@ -212,6 +212,29 @@ asyncio.run(main())
     while running(pid):
         assert time.monotonic() < deadline, "the engine outlived its parent"
         time.sleep(0.05)
+
+
+def test_an_engine_whose_messages_cannot_be_handled_is_started_again(tiny: tuple[Path, EngineConfig]) -> None:
+    async def run() -> None:
+        faults = [ZeroDivisionError("on purpose")]
+
+        def report(_: EngineReport) -> None:
+            if faults:
+                raise faults.pop()
+
+        deaths: list[str] = []
+        engine = EngineProcess(tiny[1], tiny[0], on_report=report, on_death=deaths.append)
+        await engine.start()
+        try:
+            with pytest.raises(EngineDeadError, match="on purpose"):
+                await until_finished(engine.submit([request(engine)]))
+            await until(lambda: engine.state is EngineState.RUNNING)
+            assert isinstance((await until_finished(engine.submit([request(engine)])))[-1], Finished)
+            assert len(deaths) == engine.restarts == 1
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 240))
 
 
 def test_an_idle_engine_uses_no_processor_time(tiny: tuple[Path, EngineConfig]) -> None:

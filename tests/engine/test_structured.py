@@ -78,15 +78,26 @@ PERSON = {
 }
 
 
+@pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_schema_gives_json_that_fits_it(seed: int) -> None:
-    params = sampled(seed, json=PERSON, disable_any_whitespace=True)
+def test_a_schema_gives_json_that_fits_it(seed: int, compact: bool) -> None:
+    params = sampled(seed, json=PERSON, disable_any_whitespace=compact)
     events = run_all(make_core(), request(0, [1, 2, 3], params, eos_ids=frozenset({END})))
-    value = json.loads(text_of(outputs(events)[0, 0]))
+    text = text_of(outputs(events)[0, 0])
+    value = json.loads(text)
+    assert (text == json.dumps(value, separators=(",", ":"), ensure_ascii=False)) == compact
     assert set(value) == {"name", "age"}
     assert isinstance(value["name"], str)
     assert 0 <= value["age"] <= 99
     assert [e.reason for e in events if isinstance(e, Finished)] == [FinishReason.STOP]
+
+
+def test_white_space_in_json_has_an_end() -> None:
+    """A model that wants nothing but blanks gets one where JSON allows any."""
+    wanted = StructuredOutputs(json={**PERSON, "properties": {"a": {"enum": [1]}}, "required": ["a"]})
+    params = SamplingParams(temperature=0, max_tokens=50, seed=0, logit_bias={1: 100.0}, structured_outputs=wanted)
+    events = run_all(make_core(), request(0, [5], params, eos_ids=frozenset({END})))
+    assert text_of(outputs(events)[0, 0]) == '{ "a" : 1 }'
 
 
 @pytest.mark.parametrize(

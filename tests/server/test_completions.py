@@ -149,3 +149,38 @@ def test_the_same_prompt_again_comes_from_the_cache(server: RunningServer) -> No
 def _ids(server: RunningServer, text: str) -> list[int]:
     ids: list[int] = server.post("/tokenize", {"prompt": text}).json()["tokens"]
     return ids
+
+
+def test_stops_and_special_tokens_are_in_the_text_if_they_are_wanted(server: RunningServer) -> None:
+    plain = server.complete("the rain", max_tokens=12).json()["choices"][0]["text"]
+    stop = next(plain[at : at + 2] for at in range(3, len(plain) - 2) if plain[at : at + 2].isascii())
+    cut = server.complete("the rain", max_tokens=12, stop=stop).json()["choices"][0]["text"]
+    kept = server.complete("the rain", max_tokens=12, stop=stop, include_stop_str_in_output=True).json()["choices"][0]
+    assert cut + stop == kept["text"] == plain[: len(kept["text"])]
+    end = server.post("/tokenize", {"content": "<|im_end|>"}).json()["tokens"]
+    for given, expected in (
+        ({}, ""),
+        ({"skip_special_tokens": False}, ""),
+        ({"include_stop_str_in_output": True}, ""),
+        ({"skip_special_tokens": False, "include_stop_str_in_output": True}, "<|im_end|>"),
+    ):
+        answer = server.complete(max_tokens=3, ignore_eos=False, allowed_token_ids=end, **given).json()["choices"][0]
+        assert (answer["text"], answer["finish_reason"]) == (expected, "stop")
+    assert (
+        server.complete(max_tokens=2, allowed_token_ids=end, skip_special_tokens=False).json()["choices"][0]["text"]
+        == 2 * "<|im_end|>"
+    )
+
+
+def test_a_prompt_is_cut_to_its_last_tokens_if_that_is_wanted(server: RunningServer) -> None:
+    ids = list(range(60, 200))
+
+    def answer(prompt: object, **given: Any) -> dict[str, Any]:
+        found: dict[str, Any] = server.complete(prompt, max_tokens=4, **given).json()
+        return found
+
+    cut = answer(ids, truncate_prompt_tokens=10)
+    assert cut["usage"]["prompt_tokens"] == 10
+    assert cut["choices"][0]["text"] == answer(ids[-10:])["choices"][0]["text"]
+    assert answer(ids, truncate_prompt_tokens=500)["usage"]["prompt_tokens"] == 140
+    assert answer(ids * 20, truncate_prompt_tokens=-1)["usage"]["prompt_tokens"] == 2047

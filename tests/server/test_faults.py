@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 from served_model import SMALL, RunningServer, command, serving
+from tiny_gguf import write_poisoned_model
 
 LONG = {"prompt": "the rain", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
 
@@ -107,7 +109,13 @@ def test_a_request_can_be_stopped_by_its_id(server: RunningServer) -> None:
     assert server.post("/abort_requests", {"request_ids": ["cmpl-stop-me"]}).json() == {"aborted": 0}
 
 
-def test_five_hundred_clients_share_eight_places(server: RunningServer) -> None:
+def test_five_hundred_clients_share_the_places(tiny_model: Path) -> None:
+    with serving(tiny_model, *SMALL, "--max-num-seqs", "32") as server:
+        _ask_five_hundred_times(server)
+        server.until_idle()
+
+
+def _ask_five_hundred_times(server: RunningServer) -> None:
     expected = [text_of(server, prompt=f"client {number}", max_tokens=4) for number in range(20)]
 
     async def ask(number: int) -> tuple[int, str]:
@@ -140,7 +148,8 @@ def test_a_full_queue_is_a_503_with_a_time_to_come_back(tiny_model: Path) -> Non
         assert server.metric("vllm:admission_rejections_total") == 2
 
 
-def test_an_engine_killed_in_mid_step(tiny_model: Path) -> None:
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSEGV], ids=lambda death: death.name)
+def test_an_engine_that_dies_in_mid_step(tiny_model: Path, death: signal.Signals) -> None:
     with serving(tiny_model, *SMALL) as server, ThreadPoolExecutor() as pool:
         expected = text_of(server, prompt="again", max_tokens=8)
         whole = pool.submit(server.post, "/v1/completions", {**LONG, "n": 3, "temperature": 1})
@@ -148,14 +157,18 @@ def test_an_engine_killed_in_mid_step(tiny_model: Path) -> None:
             first = connection.recv(1000)
             engine = server.engine_pid()
             os.kill(engine, signal.SIGSTOP)  # holds the engine where it is, so that both requests are in flight
-            os.kill(engine, signal.SIGKILL)
+            os.kill(engine, death)
+            os.kill(engine, signal.SIGCONT)
             data = first + read_all(connection)
         assert data.startswith(b"HTTP/1.1 200")
-        assert b'data: {"error":{"message":"the request was lost: the engine process was ended by SIGKILL' in data
+        assert (
+            b'data: {"error":{"message":"the request was lost: the engine process was ended by ' + death.name.encode()
+            in data
+        )
         assert b"[DONE]" in data
         answer = whole.result()
         assert answer.status_code == 500
-        assert "SIGKILL" in answer.json()["error"]["message"]
+        assert death.name in answer.json()["error"]["message"]
         server.until(lambda: server.get("/health").status_code == 200, "the engine is back")
         assert server.engine_pid() != engine
         assert text_of(server, prompt="again", max_tokens=8) == expected
@@ -197,6 +210,19 @@ def test_sigterm_lets_running_requests_finish(tiny_model: Path) -> None:
         assert server.process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             server.get("/health")
+
+
+def test_sigterm_under_load_finishes_what_runs_and_what_waits(tiny_model: Path) -> None:
+    prompts = [f"client {number}" for number in range(24)]
+    with serving(tiny_model, *SMALL) as server, contextlib.ExitStack() as opened:
+        expected = [text_of(server, prompt=prompt, max_tokens=200) for prompt in prompts]
+        body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
+        connections = [opened.enter_context(sent(server, {**body, "prompt": prompt})) for prompt in prompts]
+        server.until(lambda: server.metric("vllm:request_prompt_tokens_count") == 48, "all have arrived")
+        server.process.send_signal(signal.SIGTERM)
+        answers = [read_all(connection).partition(b"\r\n\r\n") for connection in connections]
+        assert [json.loads(data)["choices"][0]["text"] for _, _, data in answers] == expected
+        assert server.process.wait(60) == 0
 
 
 def test_sigterm_waits_no_longer_than_it_may(tiny_model: Path) -> None:
@@ -266,6 +292,45 @@ def test_a_log_on_a_full_disk_stops_nothing(tiny_model: Path) -> None:
         finally:
             process.kill()
             process.communicate()
+
+
+def test_swap_files_that_cannot_be_written_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    requests = [{"prompt": f"client {n}", "max_tokens": 900, "temperature": 1, "seed": n} for n in range(8)]
+    with serving(tiny_model, *SMALL) as roomy:
+        expected = [text_of(roomy, **body) for body in requests]
+    with serving(tiny_model, *SMALL, "--memory", "43MB", "--swap-space", "1GB") as server:
+        # A disk that takes no more: the engine's files, unlike its pipes and sockets, have a limit now.
+        resource.prlimit(server.engine_pid(), resource.RLIMIT_FSIZE, (4096, 4096))
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda body: text_of(server, **body), requests))
+        assert answers == expected
+        assert server.metric("vllm:num_preemptions_total") > 0
+        assert any("cannot write the swap file" in line for line in server.log)
+        server.until_idle()
+
+
+def test_a_neighbour_whose_logits_are_no_numbers_fails_alone(tmp_path: Path) -> None:
+    neighbours = [{"prompt": f"client {n}", "max_tokens": 200, "temperature": 1, "seed": n} for n in range(3)]
+    with serving(write_poisoned_model(tmp_path / "poisoned.gguf", "~"), *SMALL) as server:
+        # The model cannot be told to leave the character out, so nobody may sample it.
+        bias = {str(server.post("/tokenize", {"prompt": "~"}).json()["tokens"][0]): -100}
+        expected = [text_of(server, **body, logit_bias=bias) for body in neighbours]
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(text_of, server, **body, logit_bias=bias) for body in neighbours]
+            server.until(lambda: server.metric("vllm:num_requests_running") == 3, "the neighbours run")
+            for path, body in (
+                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5}),
+                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5, "stream": True}),
+                ("/v1/embeddings", {"input": "sun~rain"}),
+            ):
+                failed = server.post(path, body)
+                assert failed.status_code == 500
+                assert "NaN" in failed.json()["error"]["message"]
+                assert "Embed token_embedding" in failed.json()["error"]["message"]
+            assert [answer.result() for answer in answers] == expected
+        assert server.metric("vllm:request_success_total", finished_reason="error") == 3
+        assert server.metric("tokenmill:engine_deaths_total") == 0
+        server.until_idle()
 
 
 def test_two_servers_start_on_one_cold_cache(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""/v1/responses through the openai package, /infill, and the routes of embedding models."""
+"""/v1/responses through the openai package, and /infill."""
 
 from __future__ import annotations
 
@@ -113,10 +113,3 @@ def test_a_model_without_marks_says_so(real_server: RunningServer) -> None:
         answer = real_server.post(path, body)
         assert answer.status_code == 400
         assert "fill-in-the-middle" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score", "/score", "/v1/rerank", "/rerank"])
-def test_embedding_routes_say_that_the_model_generates(server: RunningServer, path: str) -> None:
-    answer = server.post(path, {"model": "tiny", "input": "a"})
-    assert answer.status_code == 400
-    assert "not an embedding model" in answer.json()["error"]["message"]

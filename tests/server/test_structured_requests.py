@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anthropic
@@ -119,12 +120,33 @@ def test_what_makes_no_sense_is_named(server: RunningServer, param: str, given: 
     assert answer.json()["error"]["param"] == param
 
 
-def test_a_hostile_expression_ends_its_own_request_only(server: RunningServer) -> None:
-    expected = server.complete("neighbour").json()["choices"][0]["text"]
-    hostile = {"regex": "(a{1,1000}){1,1000}(b{1,1000}){1,1000}"}
-    answer = server.post("/v1/completions", {"prompt": "x", "max_tokens": 5, "structured_outputs": hostile})
-    assert answer.status_code in (200, 400)
-    assert server.complete("neighbour").json()["choices"][0]["text"] == expected
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+    return schema
+
+
+HOSTILE: dict[str, dict[str, Any]] = {
+    "nested counts": {"regex": "(a{1,1000}){1,1000}(b{1,1000}){1,1000}"},
+    "backtracking": {"regex": "(((a+)+)+)+b" * 20},
+    "deep schema": {"json": nested(150)},
+    "wide schema": {"json": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(3000)}}},
+    "many choices": {"choice": [f"choice {n} " * 3 for n in range(1000)]},
+    "schema in a circle": {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
+    "ambiguous grammar": {"grammar": 'start: start start | start start start | "a" | ""'},
+}
+
+
+def test_hostile_forms_end_their_own_requests_only(server: RunningServer) -> None:
+    body = {"prompt": "neighbour", "max_tokens": 400, "temperature": 1, "seed": 5}
+    expected = server.complete(**body).json()["choices"][0]["text"]
+    with ThreadPoolExecutor(len(HOSTILE) + 1) as pool:
+        neighbour = pool.submit(server.complete, **body)
+        forms = [{"prompt": "x", "max_tokens": 5, "structured_outputs": hostile} for hostile in HOSTILE.values()]
+        answers = list(pool.map(lambda form: server.post("/v1/completions", form).status_code, forms))
+        assert neighbour.result().json()["choices"][0]["text"] == expected
+    assert set(answers) <= {200, 400}
     assert server.metric("tokenmill:engine_deaths_total") == 0
 
 

@@ -35,6 +35,10 @@ def serve(
     chat_template: Annotated[
         Path | None, typer.Option("--chat-template", help="File with a Jinja template in place of the model's.")
     ] = None,
+    reasoning_parser: Annotated[
+        str, typer.Option("--reasoning-parser", help="auto, none, qwen3 or deepseek_r1.")
+    ] = "auto",
+    pooling: Annotated[str, typer.Option("--pooling", help="What an embedding is made of: last, or mean.")] = "last",
     memory: options.Memory = None,
     max_model_len: options.MaxModelLen = None,
     max_num_seqs: Annotated[int, typer.Option("--max-num-seqs", min=1, help="Most sequences that run at once.")] = 32,
@@ -63,24 +67,33 @@ def serve(
     ] = None,
     ssl_certfile: Annotated[Path | None, typer.Option("--ssl-certfile", help="Certificate chain, PEM.")] = None,
     ssl_keyfile: Annotated[Path | None, typer.Option("--ssl-keyfile", help="Its private key, PEM.")] = None,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option("--otlp-traces-endpoint", help="OpenTelemetry collector, e.g. http://127.0.0.1:4318.")
+    ] = None,
     log_format: Annotated[str, typer.Option("--log-format", help="text or json.")] = "text",
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts and answers to the log.")] = False,
 ) -> None:
     """Serve a model over HTTP, behind OpenAI's API."""
     try:
         from tokenmill.server.config import LogFormat, ServerConfig
+        from tokenmill.server.reasoning import ReasoningParser
         from tokenmill.server.run import serve as run
     except ModuleNotFoundError as error:
         needed = f"serving needs the server extra ({error.name} is missing): pip install 'tokenmill[server]'"
         raise UsageError(needed) from error
     from tokenmill.engine.config import EngineConfig
     from tokenmill.engine.ledger import parse_size
+    from tokenmill.engine.messages import Pooling
     from tokenmill.sources import TerminalProgress, resolve
 
-    if scheduling_policy not in ("fcfs", "priority"):
-        raise UsageError(f"--scheduling-policy is {scheduling_policy!r}; it must be fcfs or priority")
-    if log_format not in ("text", "json"):
-        raise UsageError(f"--log-format is {log_format!r}; it must be text or json")
+    for option, value, allowed in (
+        ("--scheduling-policy", scheduling_policy, ["fcfs", "priority"]),
+        ("--reasoning-parser", reasoning_parser, [each.value for each in ReasoningParser]),
+        ("--pooling", pooling, [each.value for each in Pooling]),
+        ("--log-format", log_format, [each.value for each in LogFormat]),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
     config = ServerConfig(
         names=tuple(served_model_name or [_name_of(model)]),
         host=host,
@@ -88,12 +101,15 @@ def serve(
         api_keys=tuple(api_key or _from_environment("TOKENMILL_API_KEY")),
         admin_api_keys=tuple(admin_api_key or _from_environment("TOKENMILL_ADMIN_API_KEY")),
         chat_template=None if chat_template is None else _read_template(chat_template),
+        reasoning_parser=ReasoningParser(reasoning_parser),
+        pooling=Pooling(pooling),
         max_queued_requests=max_queued_requests,
         max_body_bytes=parse_size(max_body_size),
         shutdown_seconds=shutdown_timeout,
         cors_origins=tuple(cors_origin or ()),
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         log_format=LogFormat(log_format),
         log_prompts=log_prompts,
     )

@@ -17,8 +17,8 @@ def problem_of(message: AddRequest, *, context: int, vocab_size: int) -> str | N
     length = len(message.prompt)
     if length == 0:
         return "the prompt is empty: it needs at least one token"
-    if length + (not message.score_only) > context:
-        room = "" if message.score_only else " with room for one more"
+    if length + (message.generates) > context:
+        room = " with room for one more" if message.generates else ""
         advice = "shorten it or raise max_model_len"
         return f"the prompt has {length} tokens, more than the context of {context}{room}; {advice}"
     if int(message.prompt.min()) < 0 or int(message.prompt.max()) >= vocab_size:

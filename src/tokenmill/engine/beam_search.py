@@ -25,8 +25,10 @@ class Hypothesis:
     ended: bool = False
     """True if the last token ends it."""
 
-    def then(self, token: int, logprob: float, rank: int, *, ends: bool) -> Hypothesis:
-        told = TokenLogprobs(logprob, rank)
+    def then(self, after: TokenLogprobs, rank: int, *, end_ids: frozenset[int]) -> Hypothesis:
+        """With the token of ``rank`` among the likeliest ``after`` it."""
+        token, logprob = after.best[rank - 1]
+        told, ends = TokenLogprobs(logprob, rank, after.best), token in end_ids
         return Hypothesis([*self.tokens, token], [*self.logprobs, told], self.total + logprob, ends)
 
 
@@ -50,9 +52,9 @@ class BeamGroup:
     def expand(self, beams: list[tuple[Sequence, Hypothesis, TokenLogprobs]]) -> list[Child]:
         """The beams after those given, each with the likeliest tokens after it; empty if the search is over."""
         options = [
-            (hypothesis.then(token, logprob, rank, ends=token in self._end_ids), order, sequence)
+            (hypothesis.then(after, rank, end_ids=self._end_ids), order, sequence)
             for order, (sequence, hypothesis, after) in enumerate(beams)
-            for rank, (token, logprob) in enumerate(after.best, start=1)
+            for rank in range(1, min(2 * self._search.width, len(after.best)) + 1)
         ]
         # Equal totals: the earlier beam, then the lower id, so that the result does not depend on sorting.
         options.sort(key=lambda option: (-option[0].total, option[1], option[0].tokens[-1]))

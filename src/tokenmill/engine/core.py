@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from tokenmill.engine.kv_cache import KvCache, PoolUsage
 from tokenmill.engine.messages import (
     AbortRequest,
     AddRequest,
+    Embedded,
     Event,
     Failed,
     FailureKind,
@@ -31,6 +32,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
+from tokenmill.engine.pooling import HIDDEN, PooledRows
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.statistics import EngineSnapshot, StepRecord, StepStatistics
@@ -68,7 +70,7 @@ class _Request:
     def started_all(self) -> bool:
         """True once there is no output that waits for output 0."""
         first = self.sequences[0]
-        return self.message.score_only or first.index > 0 or first.output_length > 0
+        return not self.message.generates or first.index > 0 or first.output_length > 0
 
 
 class EngineCore:
@@ -180,11 +182,13 @@ class EngineCore:
         work = step_work(chunks)
         masks = self._start_masks(chunks)
         planned = self._clock()
-        logits = self._backend.run(plan)["logits"]
+        pools = any(chunk.sequence.pool is not None for chunk in chunks)
+        values = self._backend.run(plan, outputs=("logits", HIDDEN) if pools else ("logits",))
+        logits = values["logits"]
         ran = self._clock()
         for chunk in chunks:
             self.scheduler.advance(chunk)
-        self._score(chunks, plan, logits, events)
+        self._look_at_prompts(chunks, plan, values, events)
         self._end_masks(masks, events)
         self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
         end = self._clock()
@@ -218,7 +222,7 @@ class EngineCore:
             request.hypotheses[first] = Hypothesis()
         if first.remaining == 0:  # a single token to score: it has no log-probability
             return [Finished(message.request_id, 0, FinishReason.LENGTH, first.timings(self._clock()))]
-        if message.params.structured_outputs is not None and not message.score_only:
+        if message.params.structured_outputs is not None and message.generates:
             if self._grammars is None:
                 return [Failed(message.request_id, "structured_outputs needs a tokenizer, which this engine lacks")]
             first.compiling = self._grammars.compile(message.params.structured_outputs)
@@ -270,8 +274,10 @@ class EngineCore:
             sampled=rows,
         )
 
-    def _score(self, chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]) -> None:
-        """Log-probabilities of prompt tokens."""
+    def _look_at_prompts(
+        self, chunks: list[Chunk], plan: StepPlan, values: Mapping[str, Float32], events: list[Event]
+    ) -> None:
+        """What requests want of their prompts: log-probabilities, or an embedding."""
         row = 0
         for chunk in chunks:
             first_row, row = row, row + chunk.scored + chunk.samples
@@ -279,21 +285,42 @@ class EngineCore:
                 continue
             sequence = chunk.sequence
             request = self._requests[sequence.request.request_id]
-            first = sequence.scored
-            targets = sequence.tokens[first : first + chunk.scored]
-            best = sequence.request.params.prompt_logprobs or 0
             rows = np.arange(first_row, first_row + chunk.scored, dtype=np.int32)
-            results = self._sampler.score(logits, rows, targets, best)
-            bad = np.flatnonzero(results[1])
-            if len(bad):
-                self._fail(request, plan, first_row + int(bad[0]), int(results[1][bad[0]]), events)
+            found: PromptScored | Embedded | _BadRow | None
+            if sequence.pool is None:
+                found = self._score(sequence, values["logits"], rows)
+            else:
+                found = self._pool(sequence, sequence.pool, values[HIDDEN][rows])
+            if isinstance(found, _BadRow):
+                self._fail(request, plan, first_row + found.row, found.status, events)
                 continue
-            sequence.scored += chunk.scored
-            logprobs = tuple(_token_logprobs(results, i, best) for i in range(chunk.scored))
-            events.append(PromptScored(sequence.request.request_id, first, logprobs))
-            if sequence.request.score_only and not sequence.remaining:
+            if found is not None:
+                events.append(found)
+            if not request.message.generates and not sequence.remaining:
                 self.scheduler.remove(sequence)
-                events.append(self._finished(request, sequence, FinishReason.LENGTH))
+                reason = FinishReason.LENGTH if request.message.score_only else FinishReason.STOP
+                events.append(self._finished(request, sequence, reason))
+
+    def _score(self, sequence: Sequence, logits: Float32, rows: Int32) -> PromptScored | _BadRow:
+        """Log-probabilities of the next tokens of the prompt, from ``rows`` of the logits."""
+        first = sequence.scored
+        targets = sequence.tokens[first : first + len(rows)]
+        best = sequence.request.params.prompt_logprobs or 0
+        results = self._sampler.score(logits, rows, targets, best)
+        bad = np.flatnonzero(results[1])
+        if len(bad):
+            return _BadRow(int(bad[0]), int(results[1][bad[0]]))
+        sequence.scored += len(rows)
+        logprobs = tuple(_token_logprobs(results, i, best) for i in range(len(rows)))
+        return PromptScored(sequence.request.request_id, first, logprobs)
+
+    def _pool(self, sequence: Sequence, pool: PooledRows, hidden: Float32) -> Embedded | _BadRow | None:
+        """The embedding, with the next rows of the final norm; None while there are more to come."""
+        bad = np.flatnonzero(~np.isfinite(hidden).all(axis=1))
+        if len(bad):
+            return _BadRow(int(bad[0]), _NOT_FINITE)
+        pool.take(hidden)
+        return None if sequence.remaining else Embedded(sequence.request.request_id, pool.vector())
 
     def _sample(
         self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
@@ -377,13 +404,15 @@ class EngineCore:
         for grammar, error in errors.result().items():
             self._drop(sequences[grammar], f"structured_outputs went beyond its limits: {error}", events)
 
-    def _drop(self, sequence: Sequence, error: str, events: list[Event]) -> None:
-        """Fails the request of a sequence for a reason of its own; what it computed is good."""
+    def _drop(
+        self, sequence: Sequence, error: str, events: list[Event], kind: FailureKind = FailureKind.REQUEST
+    ) -> None:
+        """Fails the request of a sequence; what it computed is good unless the model is to blame."""
         request = self._requests.pop(sequence.request.request_id, None)
         if request is not None:
             for other in request.sequences:
-                self._remove(other)
-            events.append(Failed(sequence.request.request_id, error))
+                self._remove(other, discard=kind is FailureKind.MODEL)
+            events.append(Failed(sequence.request.request_id, error, kind))
 
     def _remove(self, sequence: Sequence, *, discard: bool = False) -> None:
         self._compiling.discard(sequence)
@@ -496,12 +525,18 @@ class EngineCore:
                 op = self._backend.diagnose(plan, row)
                 error += f"; the first op with such a value is {op}" if op else "; no op before them shows one"
             error += ". The weights may be damaged: verify the model file"
-        for sequence in request.sequences:
-            self._remove(sequence, discard=True)
-        del self._requests[request.message.request_id]
-        events.append(Failed(request.message.request_id, error, kind))
+        self._drop(request.sequences[0], error, events, kind)
 
 
+@dataclass(frozen=True, slots=True)
+class _BadRow:
+    """A row that cannot be used, counted among those looked at of its chunk, and the sampler's word for why."""
+
+    row: int
+    status: int
+
+
+_NOT_FINITE = 1
 _NOTHING_ALLOWED = 2
 _GRAMMAR_WAIT = 0.01
 """Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""

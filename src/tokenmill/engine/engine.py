@@ -116,7 +116,7 @@ class Engine:
         with self._lock:
             self._check_alive()
             for request in requests:
-                self._streams[request.request_id] = (stream, 1 if request.score_only else request.params.n)
+                self._streams[request.request_id] = (stream, request.outputs)
                 self._inbox.put(request)
         return stream
 

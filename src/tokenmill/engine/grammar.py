@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _MAX_LEXER_STATES = 50_000
 """Of one or two kilobytes each."""
+_WHITE_SPACE = r" |\n {0,16}"
+"""What may stand between two tokens of JSON: as models write it, but not without end, as small ones do that have
+nothing more to say. docs/serving.md has what forbidding it costs."""
 _TOKENS_AT_ONCE = 512
 """Tokens read from the vocabulary before other threads get their turn."""
 
@@ -191,6 +194,7 @@ def _llguidance_grammar(wanted: StructuredOutputs) -> str:
     if wanted.choice is not None:
         # Lark's string literals are JSON's.
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in wanted.choice))
+    white_space = None if wanted.disable_any_whitespace else _WHITE_SPACE
     return LLMatcher.grammar_from_json_schema(
-        wanted.source, overrides={"whitespace_flexible": not wanted.disable_any_whitespace}
+        wanted.source, overrides={"whitespace_flexible": white_space is not None, "whitespace_pattern": white_space}
     )

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
+from tokenmill.backends.backend import Float32
 from tokenmill.errors import TokenmillError
 from tokenmill.program.step import Int32
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import MAX_BEST_LOGPROBS, SamplingError, SamplingParams
+
+MAX_BEAM_WIDTH = MAX_BEST_LOGPROBS // 2
 
 
 class EngineError(TokenmillError):
@@ -44,17 +48,40 @@ class FinishReason(Enum):
     """Cancelled."""
 
 
+class Pooling(Enum):
+    """How the rows of a prompt become one vector."""
+
+    LAST = "last"
+    """The last token's row, which has seen all others."""
+    MEAN = "mean"
+    """The mean of all rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class BeamSearch:
-    """Keep the ``width`` likeliest beginnings at every token, and return the ``width`` best outputs."""
+    """Keep the ``width`` likeliest beginnings at every token, and return the ``width`` best outputs.
+
+    Raises SamplingError.
+    """
 
     width: int
     length_penalty: float = 1.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.width, bool) or not isinstance(self.width, int) or not 1 <= self.width <= MAX_BEAM_WIDTH:
+            raise SamplingError(f"beam_width is {self.width!r}; it must be a whole number, 1 to {MAX_BEAM_WIDTH}")
+        if isinstance(self.length_penalty, bool | str) or not -10 <= self.length_penalty <= 10:
+            raise SamplingError(f"length_penalty is {self.length_penalty!r}; it must be a number, -10 to 10")
+
+    def params(self, *, logprobs: int | None = None, **given: Any) -> SamplingParams:
+        """The sampling parameters of such a search: two likely tokens for each beam, or ``logprobs``."""
+        return SamplingParams(n=self.width, temperature=0, logprobs=max(2 * self.width, logprobs or 0), **given)
+
 
 @dataclass(frozen=True, slots=True)
 class AddRequest:
-    """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities.
+    """Generate ``params.n`` outputs for a prompt, or with ``score_only`` just the prompt's log-probabilities, or with
+    ``pooling`` just its embedding.
 
     ``params.seed`` is set. ``eos_ids`` are the model's end tokens.
     """
@@ -64,13 +91,24 @@ class AddRequest:
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
     score_only: bool = False
+    pooling: Pooling | None = None
     arrival: float = 0.0
     """``time.monotonic()`` at the front door."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences of ``params.bad_words``: :func:`tokenmill.sampling.bad_word_ids`."""
     beam: BeamSearch | None = None
-    """If set, ``params`` has temperature 0, ``n`` = width and ``logprobs`` = 2 * width and nothing that changes logits;
-    the outputs come all at once when the search is over, best first."""
+    """If set, ``params`` are its :meth:`BeamSearch.params`, and the outputs come all at once when the search is over,
+    best first."""
+
+    @property
+    def generates(self) -> bool:
+        """False if only the prompt is of interest."""
+        return not self.score_only and self.pooling is None
+
+    @property
+    def outputs(self) -> int:
+        """How many end, each with a :class:`Finished`."""
+        return self.params.n if self.generates else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +152,14 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """The prompt's embedding: its pooled rows of the final norm, ``[hidden]``, of Euclidean length 1."""
+
+    request_id: int
+    vector: Float32
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
     """One generated token of output ``index``."""
 
@@ -148,4 +194,4 @@ class Failed:
 
 
 Message = AddRequest | AbortRequest
-Event = PromptScored | TokenOutput | Finished | Failed
+Event = PromptScored | Embedded | TokenOutput | Finished | Failed

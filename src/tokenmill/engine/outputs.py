@@ -17,13 +17,19 @@ class Detokenizer(Protocol):
     def flush(self) -> str: ...
 
 
+class Detokenizes(Protocol):
+    """A tokenizer, as far as outputs need one."""
+
+    def detokenizer(self, skip_special: bool = True, continues: bool = False) -> Detokenizer: ...
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One output of a request."""
 
     index: int
     text: str = ""
-    """Without special tokens, cut before the stop string."""
+    """Without special tokens and cut before the stop string, unless the parameters want them."""
     token_ids: list[int] = field(default_factory=list)
     """All generated tokens, the end token or those of the stop string included."""
     logprobs: list[TokenLogprobs] | None = None
@@ -85,8 +91,10 @@ class StreamChunk:
 class StopText:
     """Finds stop strings in text that comes in pieces, and holds back what may be the beginning of one."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], *, include: bool = False) -> None:
+        """``include``: the stop string that is found is part of the text."""
         self._stops = stops
+        self._include = include
         self._held = ""
         self.found: str | None = None
 
@@ -98,7 +106,7 @@ class StopText:
         matches = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if matches:
             at, self.found = min(matches, key=lambda match: match[0])
-            certain, self._held = self._held[:at], ""
+            certain, self._held = self._held[: at + len(self.found) * self._include], ""
             return certain
         keep = self._longest_beginning()
         certain = self._held[: len(self._held) - keep]
@@ -122,11 +130,11 @@ class StopText:
 class OutputBuilder:
     """Turns the events of one output into its text and its :class:`CompletionOutput`."""
 
-    def __init__(self, index: int, params: SamplingParams, detokenizer: Detokenizer) -> None:
+    def __init__(self, index: int, params: SamplingParams, tokenizer: Detokenizes) -> None:
         self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         self._params = params
-        self._detokenizer = detokenizer
-        self._stop = StopText(params.stop_strings)
+        self._detokenizer = tokenizer.detokenizer(params.skip_special_tokens, continues=True)
+        self._stop = StopText(params.stop_strings, include=params.include_stop_str_in_output)
 
     @property
     def done(self) -> bool:
@@ -138,7 +146,8 @@ class OutputBuilder:
         output.token_ids.append(event.token_id)
         if output.logprobs is not None and event.logprobs is not None:
             output.logprobs.append(event.logprobs)
-        text = "" if event.stops else self._detokenizer.push(event.token_id)
+        silent = event.stops and not self._params.include_stop_str_in_output
+        text = "" if silent else self._detokenizer.push(event.token_id)
         if len(output.token_ids) > self._params.min_tokens:
             text = self._stop.push(text)
         output.text += text

@@ -190,7 +190,7 @@ class EngineProcess:
             raise EngineDeadError(self.reason)
         stream = EventStream()
         for request in requests:
-            self._streams[request.request_id] = (stream, 1 if request.score_only else request.params.n)
+            self._streams[request.request_id] = (stream, request.outputs)
         self._send(*requests)
         return stream
 
@@ -249,7 +249,10 @@ class EngineProcess:
         delay = FIRST_DELAY
         while True:
             born = time.monotonic()
-            cause = await self._deliver_until_death() or await self._cause_of_death()
+            try:
+                cause = await self._deliver_until_death() or await self._cause_of_death()
+            except Exception as error:  # whatever it is, nobody may wait for an engine that nobody listens to
+                cause = f"what the engine sent could not be handled: {type(error).__name__}: {error}"
             self._die(cause)
             if time.monotonic() - born > HEALTHY_SECONDS:
                 delay = FIRST_DELAY
@@ -261,7 +264,7 @@ class EngineProcess:
                     ready = await self._launch()
                     self.restarts += 1
                     self._on_restart(ready)
-                except (EngineStartError, OSError) as error:
+                except Exception as error:
                     self._die(f"the engine could not be started again: {error}")
 
     async def _deliver_until_death(self) -> str | None:

@@ -142,19 +142,19 @@ class Scheduler:
         most = budget.tokens if decodes else budget.prompt_tokens(sequence.computed)
         count = min(sequence.remaining, most)
         skip = scored = 0
-        if sequence.wants_scores:
-            # Row p gives the log-probability of token p + 1, so rows from scored - 1 on are wanted.
-            skip = max(sequence.scored - 1 - sequence.computed, 0)
+        wanted = sequence.wanted_rows
+        if wanted:
+            skip = max(wanted.start - sequence.computed, 0)
             count = min(count, skip + min(budget.scored, budget.rows))
-        elif budget.rows == 0 and not sequence.request.score_only:
+        elif budget.rows == 0 and sequence.request.generates:
             count = min(count, sequence.remaining - 1)  # the last token's logits have to wait for the next step
-        if sequence.compiling is not None and not sequence.request.score_only:
+        if sequence.compiling is not None:
             count = min(count, sequence.remaining - 1)  # the last token has to wait for the grammar
         if count <= 0 or not self._make_room(sequence, sequence.computed + count, chunks, budget):
             return
-        if sequence.wants_scores:
-            scored = max(min(sequence.computed + count, sequence.prompt_length - 1) - sequence.computed - skip, 0)
-        samples = not sequence.request.score_only and count == sequence.remaining
+        if wanted:
+            scored = max(min(sequence.computed + count, wanted.stop) - sequence.computed - skip, 0)
+        samples = sequence.request.generates and count == sequence.remaining
         chunk = Chunk(sequence, count, scored, skip, samples, decodes)
         chunks[sequence] = chunk
         budget.spend(chunk)

@@ -11,6 +11,7 @@ from tokenmill.engine.grammar import Grammar
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
 from tokenmill.engine.policies import Rank
+from tokenmill.engine.pooling import PooledRows
 from tokenmill.engine.prefix_cache import PrefixNode
 from tokenmill.engine.swap import SwappedPages
 from tokenmill.program.step import Int32
@@ -33,6 +34,7 @@ class Sequence:
         "length",
         "pages",
         "parked",
+        "pool",
         "preemptions",
         "prompt_length",
         "rank",
@@ -70,8 +72,9 @@ class Sequence:
         """Its pages, if a preemption wrote them to a file."""
         self.computed = 0
         """Leading slots whose keys and values are in the cache."""
-        self.scored = 1 if self._wants_scores else self.prompt_length
+        self.scored = 1 if self._scores else self.prompt_length
         """Leading prompt tokens whose log-probability is known or not wanted; the first token has none."""
+        self.pool = None if request.pooling is None else PooledRows(request.pooling)
         self.cached_tokens = 0
         self.preemptions = 0
         self.started: float | None = None
@@ -102,15 +105,18 @@ class Sequence:
         return self.output_length > 0 and self.remaining == 1
 
     @property
-    def wants_scores(self) -> bool:
-        """True while log-probabilities of prompt tokens are missing."""
-        return self.scored < self.prompt_length
+    def wanted_rows(self) -> range:
+        """Rows of the prompt that are still to be looked at: for log-probabilities of its tokens, of which row p gives
+        that of token p + 1, or for its embedding."""
+        if self.pool is not None:
+            return self.pool.wanted(self.prompt_length)
+        return range(self.scored - 1, self.prompt_length - 1)
 
     @property
     def reusable(self) -> int:
-        """Leading tokens that may come from the prefix cache: the last one's logits are needed, and log-probabilities
-        of the prompt need the logits of all."""
-        return 0 if self.wants_scores else self.length - 1
+        """Leading tokens that may come from the prefix cache: the last one's logits are needed, log-probabilities of
+        the prompt and embeddings may need the rows of all."""
+        return 0 if self.wanted_rows else self.length - 1
 
     def twin(self, index: int) -> Sequence:
         """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
@@ -137,5 +143,5 @@ class Sequence:
         )
 
     @property
-    def _wants_scores(self) -> bool:
+    def _scores(self) -> bool:
         return self.index == 0 and (self.request.score_only or self.request.params.prompt_logprobs is not None)

@@ -35,7 +35,7 @@ class Chunk:
     sequence: Sequence
     count: int
     scored: int
-    """Rows skip .. skip + scored - 1 of the chunk, whose logits give log-probabilities of prompt tokens."""
+    """Rows skip .. skip + scored - 1 of the chunk are looked at for what the request wants of its prompt."""
     skip: int
     samples: bool
     """True if the chunk's last row picks a token."""

@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tokenmill.backends.backend import Float32
 from tokenmill.engine.kv_cache import PoolUsage
 from tokenmill.engine.ledger import MemoryLedger
-from tokenmill.engine.messages import AbortRequest, AddRequest, Failed, Finished, PromptScored, TokenOutput
+from tokenmill.engine.messages import AbortRequest, AddRequest, Embedded, Failed, Finished, PromptScored, TokenOutput
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -46,6 +47,8 @@ class EngineReady:
     architecture: str
     vocab_size: int
     """Rows of logits: ids below it are valid in prompts."""
+    hidden_size: int
+    """Width of an embedding."""
     max_position: int
     """Longest context that the model itself allows."""
     ledger: MemoryLedger
@@ -81,7 +84,7 @@ class EngineReport:
 
 
 ToEngine = LoadModel | AddRequest | AbortRequest | ResetPrefixCache
-FromEngine = EngineReady | EngineFailed | EngineReport | PromptScored | TokenOutput | Finished | Failed
+FromEngine = EngineReady | EngineFailed | EngineReport | PromptScored | Embedded | TokenOutput | Finished | Failed
 
 _CLASSES: tuple[type[Any], ...] = (
     LoadModel,
@@ -92,6 +95,7 @@ _CLASSES: tuple[type[Any], ...] = (
     EngineFailed,
     EngineReport,
     PromptScored,
+    Embedded,
     TokenOutput,
     Finished,
     Failed,
@@ -105,12 +109,12 @@ _TAGGED: dict[type[Any], Any] = {
 
 def _plain(value: object) -> bytes:
     if isinstance(value, np.ndarray):
-        return value.astype(np.int32, copy=False).tobytes()
+        return value.astype(np.float32 if value.dtype.kind == "f" else np.int32, copy=False).tobytes()
     raise TypeError(f"a {type(value).__name__} cannot be sent to the engine")
 
 
 def _from_plain(kind: object, value: bytes) -> np.ndarray[Any, Any]:
-    return np.frombuffer(value, dtype=np.int32)
+    return np.frombuffer(value, dtype=np.float32 if kind == Float32 else np.int32)
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_plain)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from tokenmill.engine.messages import Pooling
 from tokenmill.errors import UsageError
+from tokenmill.server.reasoning import ReasoningParser
 
 
 class LogFormat(Enum):
@@ -29,6 +31,9 @@ class ServerConfig:
     """For the routes that change the server. Without one they are closed if there are ``api_keys``."""
     chat_template: str | None = None
     """Source of a Jinja template that replaces the model's."""
+    reasoning_parser: ReasoningParser = ReasoningParser.AUTO
+    pooling: Pooling = Pooling.LAST
+    """What an embedding is made of."""
     max_queued_requests: int = 1024
     """Outputs that may wait for a place beside the running ones; more are refused with 503."""
     max_body_bytes: int = 16 << 20
@@ -40,6 +45,8 @@ class ServerConfig:
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
     log_format: LogFormat = LogFormat.TEXT
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry collector that gets a span of each request, by OTLP over HTTP."""
     log_prompts: bool = False
     """Writes prompts and answers to the log."""
 

@@ -58,6 +58,8 @@ def template_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             plain["content"] = [
                 {"type": "text", "text": part.get("text", part.get("refusal"))} for part in plain["content"]
             ]
+        if plain.get("reasoning") is not None:  # vLLM's name for it; templates know DeepSeek's
+            plain.setdefault("reasoning_content", plain.pop("reasoning"))
         if plain.get("tool_calls"):
             plain["tool_calls"] = [_with_arguments(call, number) for call in plain["tool_calls"]]
         found.append(plain)

@@ -51,15 +51,19 @@ class RequestError(EngineError):
     """The engine found something wrong with the request itself."""
 
 
-class ClientGoneError(EngineError):
+class StoppedError(EngineError):
+    """Somebody outside of the engine ended the request."""
+
+
+class ClientGoneError(StoppedError):
     """The client closed its connection; nobody waits for the rest."""
 
 
-class AbortedError(EngineError):
+class AbortedError(StoppedError):
     """Somebody asked to stop the request by its id."""
 
 
-class ShutdownError(EngineError):
+class ShutdownError(StoppedError):
     """The server ended before the request did."""
 
 

@@ -90,6 +90,8 @@ class Gate:
             seconds = time.monotonic() - record.arrival
             self._served.metrics.http_request(record.method, handler, record.status, seconds)
             record.write()
+            if self._served.tracing is not None:
+                self._served.tracing.record(record, headers)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         """Why the request is turned away before it is read."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tokenmill.backends.backend import Float32
 from tokenmill.engine.messages import (
     AddRequest,
+    Embedded,
     EngineError,
     EngineOverloadedError,
     Event,
@@ -25,8 +26,7 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChunk
 from tokenmill.engine.process import EngineProcess
 from tokenmill.program.step import Int32
-from tokenmill.sampling import SamplingParams, bad_word_ids
-from tokenmill.server.errors import RequestError
+from tokenmill.server.errors import RequestError, StoppedError
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.tokenizer import Tokenizer
@@ -52,52 +52,40 @@ class Generation:
         tokenizer: Tokenizer,
         metrics: Metrics,
         record: RequestRecord,
-        prompts: Sequence[Int32],
-        params: SamplingParams,
-        *,
-        score_only: bool = False,
+        requests: Sequence[AddRequest],
         on_end: Callable[[Generation], None] = lambda _: None,
     ) -> None:
+        """``requests`` have the same parameters, one each prompt."""
         self.record = record
-        self.prompts = prompts
-        self.params = params
-        self.scores: list[list[TokenLogprobs]] = [[] for _ in prompts]
+        self.prompts = [request.prompt for request in requests]
+        self.params = requests[0].params
+        self.scores: list[list[TokenLogprobs]] = [[] for _ in requests]
         """Log-probabilities of each prompt's tokens from the second on, if asked for."""
+        self.embeddings: dict[int, Float32] = {}
+        """By the number of the prompt, if asked for."""
         self._engine = engine
+        self._requests = requests
         self._metrics = metrics
         self._on_end = on_end
         self._ended = False
-        outputs = 1 if score_only else params.n
-        bad_words = bad_word_ids(params.bad_words, lambda text: tokenizer.encode(text, add_special=False))
-        requests = [
-            AddRequest(
-                engine.new_request_id(),
-                prompt,
-                params.with_seed(secrets.randbits(64)),
-                tokenizer.eos_ids,
-                score_only=score_only,
-                arrival=record.arrival,
-                bad_words=bad_words,
-            )
-            for prompt in prompts
-        ]
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._builders = {
-            (request.request_id, index): OutputBuilder(index, params, tokenizer.detokenizer(continues=True))
+            (request.request_id, index): OutputBuilder(index, request.params, tokenizer)
             for request in requests
-            for index in range(outputs)
+            for index in range(request.outputs)
         }
         self._last_token: dict[tuple[int, int], float] = {}
         self._open = set(self._builders)
         self._events = engine.submit(requests)
-        record.prompt_tokens = sum(map(len, prompts))
-        for prompt in prompts:
-            metrics.request_arrived(len(prompt), params)
+        record.params = self.params
+        record.prompt_tokens = sum(map(len, self.prompts))
+        for prompt in self.prompts:
+            metrics.request_arrived(len(prompt), self.params)
 
     @property
     def request_ids(self) -> list[int]:
         """The engine's numbers of the requests, in the order of the prompts."""
-        return list(self._numbers)
+        return [request.request_id for request in self._requests]
 
     @property
     def open_outputs(self) -> int:
@@ -115,8 +103,8 @@ class Generation:
 
     def outputs(self, prompt: int) -> list[CompletionOutput]:
         """The outputs of a prompt so far."""
-        request_id = self.request_ids[prompt]
-        return [builder.output for key, builder in self._builders.items() if key[0] == request_id]
+        request = self._requests[prompt]
+        return [self._builders[request.request_id, index].output for index in range(request.outputs)]
 
     async def finish(self) -> None:
         """Follows the outputs to their end. Raises EngineError."""
@@ -141,7 +129,7 @@ class Generation:
                     yield [Piece(self._numbers[key[0]], chunk) for key, chunk in merged.items()]
         except EngineError as error:
             self.record.error = str(error)
-            self._metrics.output_failed(len(self._open))
+            self._metrics.outputs_lost("abort" if isinstance(error, StoppedError) else "error", len(self._open))
             raise
         finally:
             self.end()
@@ -180,8 +168,9 @@ class Generation:
                 return self._finished(event)
             case PromptScored():
                 self.scores[self._numbers[event.request_id]] += event.logprobs
+            case Embedded():
+                self.embeddings[self._numbers[event.request_id]] = event.vector
             case Failed():
-                self._open = {key for key in self._open if key[0] != event.request_id}
                 which = "" if len(self._numbers) == 1 else f"prompt {self._numbers[event.request_id]}: "
                 raise failure(event, which + event.error)
         return None

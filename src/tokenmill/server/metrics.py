@@ -235,8 +235,9 @@ class Metrics:
             self._cached_tokens.inc(timings.cached_tokens)
             self._computed.observe(prompt_tokens - timings.cached_tokens)
 
-    def output_failed(self, outputs: int = 1) -> None:
-        self._success["error"].inc(outputs)
+    def outputs_lost(self, reason: str, outputs: int) -> None:
+        """Outputs that will not be complete; ``reason`` is one of FINISHED_REASONS."""
+        self._success[reason].inc(outputs)
 
     def request_ended(self, longest_output: int) -> None:
         self._request_most.observe(longest_output)

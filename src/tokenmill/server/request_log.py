@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+from tokenmill.sampling import SamplingParams
 from tokenmill.server.config import LogFormat
 
 log = logging.getLogger("tokenmill.requests")
@@ -26,6 +27,8 @@ class RequestRecord:
     client: str
     arrival: float
     status: int = 0
+    params: SamplingParams | None = None
+    """Of the prompts that went to the engine, if any did."""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -116,7 +119,7 @@ def configure_logging(form: LogFormat) -> None:
     logging.raiseExceptions = False
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter() if form is LogFormat.JSON else _TextFormatter())
-    for name, level in (("tokenmill", logging.INFO), ("uvicorn", logging.WARNING)):
+    for name, level in (("tokenmill", logging.INFO), ("uvicorn", logging.WARNING), ("opentelemetry", logging.ERROR)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level)

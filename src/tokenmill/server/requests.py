@@ -6,13 +6,21 @@ names it. A parameter given as null counts as not given.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from tokenmill.engine.messages import MAX_BEAM_WIDTH, BeamSearch
+from tokenmill.sampling import SamplingParams
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.structure import from_fields, from_format
 from tokenmill.structured import StructuredOutputs
+
+if TYPE_CHECKING:
+    from tokenmill.program.step import Int32
+    from tokenmill.server.generation import Generation
+    from tokenmill.server.request_log import RequestRecord
+    from tokenmill.server.served import ServedModel
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARACTERS = 1024
@@ -56,11 +64,47 @@ def _any_seed(value: int) -> int:
     return value % 2**64
 
 
+def _prompts(value: object) -> object:
+    """A list of prompts, each a text or a list of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    if not value:
+        raise ValueError("is an empty list; give at least one prompt")
+    if _are_ids(value):
+        return [value]
+    if len(value) > MAX_PROMPTS:
+        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are taken")
+    if not all(isinstance(item, str) or (isinstance(item, list) and _are_ids(item)) for item in value):
+        raise ValueError("must be a string, a list of token ids, or a list of either")
+    return value
+
+
+def _are_ids(value: list[object]) -> bool:
+    return all(isinstance(item, int) and not isinstance(item, bool) and -(2**31) <= item < 2**31 for item in value)
+
+
+def name_of(param: str, prompts: list[str | list[int]], number: int) -> str:
+    """What errors call prompt ``number`` of ``param``."""
+    return param if len(prompts) == 1 else f"{param}[{number}]"
+
+
+_OnePrompt = str | list[int]
+Prompts = Annotated[
+    list[_OnePrompt], BeforeValidator(_prompts, json_schema_input_type=_OnePrompt | list[str] | list[list[int]])
+]
+Truncation = Annotated[int, Field(ge=-1)]
+"""How many of a prompt's last tokens are kept; -1: as many as the context takes."""
 StopStrings = Annotated[list[str], BeforeValidator(_stop_strings)]
 LogitBias = Annotated[dict[int, float], BeforeValidator(_logit_bias)]
 Seed = Annotated[int, AfterValidator(_any_seed)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKEN_LIST)]
 Name = Annotated[str, Field(max_length=1024)]
+RequestId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")]
+
+
+_DEFAULTS = SamplingParams()
 
 
 class StrictBody(BaseModel):
@@ -106,11 +150,11 @@ class SamplingBody(StrictBody):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    truncate_prompt_tokens: int | None = None
+    truncate_prompt_tokens: Truncation | None = None
     cache_salt: Name | None = None
     priority: int | None = None
     structured_outputs: dict[str, Any] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/+=-]{1,128}$")] | None = None
+    request_id: RequestId | None = None
 
     _sampling: ClassVar[tuple[str, ...]] = (
         "n",
@@ -126,6 +170,8 @@ class SamplingBody(StrictBody):
         "stop",
         "stop_token_ids",
         "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
         "min_tokens",
         "logit_bias",
         "prompt_logprobs",
@@ -135,10 +181,7 @@ class SamplingBody(StrictBody):
         "priority",
     )
     _neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
-        "include_stop_str_in_output": (False,),
-        "truncate_prompt_tokens": (-1,),
     }
     """Values that ask for nothing, of the parameters that this server does not have."""
 
@@ -176,10 +219,61 @@ class SamplingBody(StrictBody):
         return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class FormattedBody(SamplingBody):
-    """A sampling body that has OpenAI's ``response_format`` too."""
+class AnswerBody(SamplingBody):
+    """A sampling body that has OpenAI's ``response_format`` too, and vLLM's beam search."""
 
     response_format: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+
+    _with_beams: ClassVar[tuple[str, ...]] = (
+        "max_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "logprobs",
+        "prompt_logprobs",
+        "cache_salt",
+        "priority",
+        "seed",
+    )
+    """Sampling parameters that a search can follow; the others change probabilities, or draw."""
+
+    def refuse_unsupported(self) -> None:
+        super().refuse_unsupported()
+        if self.length_penalty is not None and not self.use_beam_search:
+            raise ApiError("length_penalty needs use_beam_search", param="length_penalty")
+        if self.use_beam_search and (self.n or 1) > MAX_BEAM_WIDTH:
+            raise ApiError(f"n is {self.n}; a beam search keeps at most {MAX_BEAM_WIDTH}", param="n")
+
+    def start(
+        self,
+        served: ServedModel,
+        given: dict[str, Any],
+        prompts: list[Int32],
+        record: RequestRecord,
+        *,
+        score_only: bool = False,
+    ) -> Generation:
+        """Hands prompts to the engine with the sampling parameters ``given``. Raises SamplingError and ApiError."""
+        searched = self._beam_search(given)
+        if searched is None:
+            return served.generate(prompts, served.sampling_params(given), record, score_only=score_only)
+        search, params = searched
+        served.check_params(params)
+        return served.generate(prompts, params, record, beam=search)
+
+    def _beam_search(self, given: dict[str, Any]) -> tuple[BeamSearch, SamplingParams] | None:
+        """The search that is asked for, as wide as ``n``, and its parameters of those ``given``. Raises ApiError."""
+        if not self.use_beam_search:
+            return None
+        search = BeamSearch(self.n or 1, 1.0 if self.length_penalty is None else self.length_penalty)
+        for name, value in given.items():
+            neutral = (0, 1) if name == "temperature" else (getattr(_DEFAULTS, name),)
+            if name not in (*self._with_beams, "n") and value not in neutral:
+                raise unsupported(name, "cannot be combined with use_beam_search")
+        return search, search.params(**{name: given[name] for name in self._with_beams if name in given})
 
     def structure(self) -> StructuredOutputs | None:
         wanted = [each for each in (super().structure(), from_format(self.response_format)) if each is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 
 from tokenmill.engine.assemble import ModelText, load_text
 from tokenmill.engine.config import EngineConfig
+from tokenmill.engine.messages import AddRequest, BeamSearch, Pooling
 from tokenmill.engine.process import EngineProcess, EngineState
 from tokenmill.engine.wire import EngineReady, EngineReport
 from tokenmill.program.step import Int32
-from tokenmill.sampling import SamplingParams
+from tokenmill.sampling import SamplingParams, bad_word_ids
 from tokenmill.server.config import ServerConfig
 from tokenmill.server.errors import AbortedError, ApiError, ShutdownError, unsupported
 from tokenmill.server.generation import Generation, prompt_array
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.reasoning import ReasoningReader
 from tokenmill.server.request_log import RequestRecord, log
+from tokenmill.server.tracing import Tracing, otlp_exporter
 from tokenmill.tokenizer import Tokenizer
 
 LONG_TEXT = 20_000
@@ -40,6 +44,8 @@ class ServedModel:
         self.engine = EngineProcess(
             engine_config, path, on_report=self._report_came, on_death=self._engine_died, on_restart=self._engine_came
         )
+        endpoint = config.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(otlp_exporter(endpoint), config.names[0])
         self.ready: EngineReady
         self.text: ModelText
         self.tokenizer: Tokenizer
@@ -66,6 +72,8 @@ class ServedModel:
 
     async def close(self) -> None:
         await self.engine.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     # ---- what it is ------------------------------------------------------------------------------------------------
 
@@ -97,8 +105,21 @@ class ServedModel:
             return self.tokenizer.encode(text, add_special, parse_special)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
 
-    def check_prompt(self, token_ids: Sequence[int], *, room: int = 1, param: str = "prompt") -> Int32:
-        """The prompt for the engine, with ``room`` for so many more tokens. Raises ApiError."""
+    async def prompt_ids(self, prompt: str | list[int], *, add_special: bool = True) -> list[int]:
+        """Token ids of a prompt in either form. Raises TokenizerError."""
+        if isinstance(prompt, list):
+            return prompt
+        return await self.encode(prompt, add_special=add_special) if prompt else []
+
+    def check_prompt(
+        self, token_ids: Sequence[int], *, room: int = 1, param: str = "prompt", truncate: int | None = None
+    ) -> Int32:
+        """The prompt for the engine, with ``room`` for so many more tokens. Raises ApiError.
+
+        With ``truncate`` only its last tokens: so many, or for -1 as many as the context takes.
+        """
+        if truncate is not None:
+            token_ids = token_ids[max(len(token_ids) - (self.max_model_len - room if truncate < 0 else truncate), 0) :]
         if not token_ids:
             raise ApiError(f"{param} is empty: it needs at least one token", param=param)
         if len(token_ids) + room > self.max_model_len:
@@ -117,29 +138,55 @@ class ServedModel:
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """The model's defaults with what a request gave. Raises SamplingError and ApiError."""
         params = SamplingParams.from_defaults(self.text.generation_defaults, **given)
+        self.check_params(params)
+        return params
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises SamplingError and ApiError for parameters that this model or this server cannot honour."""
         params.check_vocabulary(self.ready.vocab_size)
         if params.priority and self.engine_config.scheduling_policy != "priority":
             raise unsupported("priority", "needs a server with --scheduling-policy priority")
-        return params
+
+    def reasoning_reader(self, prompt: str, params: SamplingParams) -> ReasoningReader | None:
+        """Finds the reasoning in an answer to the rendered ``prompt``. An answer of a given form has none."""
+        if params.structured_outputs is not None:
+            return None
+        return self.config.reasoning_parser.reader(self.tokenizer.chat_template, prompt)
 
     # ---- generating ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Sequence[Int32], params: SamplingParams, record: RequestRecord, *, score_only: bool = False
+        self,
+        prompts: Sequence[Int32],
+        params: SamplingParams,
+        record: RequestRecord,
+        *,
+        score_only: bool = False,
+        beam: BeamSearch | None = None,
+        pooling: Pooling | None = None,
     ) -> Generation:
-        """Hands prompts to the engine. Raises ApiError (503) if they cannot be taken now."""
-        self._admit(len(prompts) * (1 if score_only else params.n))
+        """Hands prompts to the engine, what is wanted of them as in AddRequest. Raises ApiError (503) if they cannot be
+        taken now."""
+        bad_words = bad_word_ids(params.bad_words, lambda text: self.tokenizer.encode(text, add_special=False))
+        requests = [
+            AddRequest(
+                self.engine.new_request_id(),
+                prompt,
+                params.with_seed(secrets.randbits(64)),
+                self.tokenizer.eos_ids,
+                score_only=score_only,
+                pooling=pooling,
+                arrival=record.arrival,
+                bad_words=bad_words,
+                beam=beam,
+            )
+            for prompt in prompts
+        ]
+        self._admit(sum(request.outputs for request in requests))
         if self.config.log_prompts:
             record.prompts = [self.tokenizer.decode(prompt.tolist(), skip_special=False) for prompt in prompts]
         generation = Generation(
-            self.engine,
-            self.tokenizer,
-            self.metrics,
-            record,
-            prompts,
-            params,
-            score_only=score_only,
-            on_end=self._generation_ended,
+            self.engine, self.tokenizer, self.metrics, record, requests, on_end=self._generation_ended
         )
         self.generations[generation] = None
         return generation

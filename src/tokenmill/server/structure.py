@@ -26,19 +26,16 @@ def from_fields(value: Mapping[str, Any] | None, param: str = "structured_output
 
 
 def from_format(value: Mapping[str, Any] | None, param: str = "response_format") -> StructuredOutputs | None:
-    """OpenAI's response format, as chat completions nest it or as responses do; None for text. Raises ApiError.
-
-    The JSON has no white space between its tokens: a small model may otherwise write it without end.
-    """
+    """OpenAI's response format, as chat completions nest it or as responses do; None for text. Raises ApiError."""
     match value:
         case None | {"type": "text"}:
             return None
         case {"type": "json_object"}:
-            return _structured(param, json_object=True, disable_any_whitespace=True)
+            return _structured(param, json_object=True)
         case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
-            return _structured(param, json=schema, disable_any_whitespace=True)
+            return _structured(param, json=schema)
         case {"type": "json_schema", "schema": dict(schema)}:
-            return _structured(param, json=schema, disable_any_whitespace=True)
+            return _structured(param, json=schema)
     raise unsupported(param, 'must be of type "text", "json_object", or "json_schema" with a schema')
 
 
@@ -59,8 +56,7 @@ class ForcedCalls:
         self._name = name
         schemas = {function["name"]: function.get("parameters") or {"type": "object"} for function in functions}
         schema = _list_of(schemas) if name is None else schemas[name]
-        # Without white space between tokens: a model that has nothing to say may write it without end.
-        self.structure = _structured("tools", json=schema, disable_any_whitespace=True)
+        self.structure = _structured("tools", json=schema)
         self.calls: list[ToolCall] = []
         self._text = ""
 
@@ -80,11 +76,6 @@ class ForcedCalls:
         else:
             self.calls = [ToolCall(each["name"], json.dumps(each["parameters"], ensure_ascii=False)) for each in value]
         return "", self.calls
-
-    def read_all(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Prose and calls of a whole output."""
-        self.push(text)
-        return self.flush()
 
 
 def _list_of(schemas: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,11 +69,6 @@ class ToolCallReader:
         self.calls += calls
         return prose, calls
 
-    def read_all(self, text: str) -> tuple[str, list[ToolCall]]:
-        """Prose and calls of a whole output."""
-        prose = self.push(text)[0] + self.flush()[0]
-        return (prose.strip() if self.calls else prose), self.calls
-
     def flush(self) -> tuple[str, list[ToolCall]]:
         """The rest, when no more text comes. A call whose end marker is missing counts if its JSON is whole."""
         if self._inside is None:

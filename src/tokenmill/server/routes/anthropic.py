@@ -11,6 +11,7 @@ from fastapi import Request, Response
 from pydantic import BeforeValidator, Field
 
 from tokenmill.engine.outputs import CompletionOutput
+from tokenmill.server.answer_reader import AnswerBlocks, AnswerReader, Block, BlockChange, BlockKind, Change
 from tokenmill.server.conversation import check_messages, encode_rendered, render
 from tokenmill.server.errors import unsupported
 from tokenmill.server.generation import Generation
@@ -47,11 +48,14 @@ def _messages(value: object) -> object:
 def _from_blocks(blocks: list[object], role: str, number: int) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
+    thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for place, block in enumerate(blocks):
         match block:
             case {"type": "text", "text": str(text)}:
                 texts.append({"type": "text", "text": text})
+            case {"type": "thinking", "thinking": str(thought)} if role == "assistant":
+                thoughts.append(thought)
             case {"type": "tool_use", "id": str(call_id), "name": str(name), "input": dict(given)} if role != "user":
                 calls.append(ToolCall(name, json.dumps(given, ensure_ascii=False), call_id).body())
             case {"type": "tool_result", "tool_use_id": str(call_id), **rest} if role == "user":
@@ -64,8 +68,10 @@ def _from_blocks(blocks: list[object], role: str, number: int) -> list[dict[str,
                 raise ValueError(f"[{number}].content[{place}] is of type {kind!r:.40}, which cannot be read here")
             case _:
                 raise ValueError(f"[{number}].content[{place}] is no block")
-    if texts or calls:
+    if texts or thoughts or calls:
         message: dict[str, Any] = {"role": role, "content": texts or ""}
+        if thoughts:
+            message["reasoning_content"] = "\n".join(thoughts)
         if calls:
             message["tool_calls"] = calls
         results.append(message)
@@ -114,8 +120,7 @@ class CountBody(StrictBody):
     def refuse_unsupported(self) -> None:
         """Raises ApiError for a parameter that is given and cannot be honoured."""
         self.calls_reader()
-        if self.thinking is not None and self.thinking.get("type") != "disabled":
-            raise unsupported("thinking", "is not supported by this server; leave it out")
+        self._thinking()
 
     def calls_reader(self) -> ToolCallReader | ForcedCalls | None:
         """Reads the calls of the output; None if there can be none. Raises ApiError for an unknown choice."""
@@ -134,8 +139,8 @@ class CountBody(StrictBody):
         """The tools that the model may call."""
         return None if self.tool_choice is not None and self.tool_choice.get("type") == "none" else self.tools or None
 
-    async def prompt(self, served: ServedModel) -> list[int]:
-        """Token ids. A last message of the assistant is continued, as Anthropic has it."""
+    async def rendered(self, served: ServedModel) -> str:
+        """The prompt's text. A last message of the assistant is continued, as Anthropic has it."""
         messages = (
             self.messages if self.system is None else [{"role": "system", "content": self.system}, *self.messages]
         )
@@ -143,14 +148,27 @@ class CountBody(StrictBody):
         if last["role"] == "assistant" and isinstance(last["content"], list):
             messages = [*messages[:-1], {**last, "content": "".join(part["text"] for part in last["content"])}]
         continues = last["role"] == "assistant" and not last.get("tool_calls")
-        text = await render(
+        return await render(
             served,
             messages,
             tools=self.offered_tools,
             add_generation_prompt=not continues,
             continue_final_message=continues,
+            template_arguments=self._thinking(),
         )
-        return await encode_rendered(served, text)
+
+    def _thinking(self) -> dict[str, bool]:
+        """What templates that know of reasoning are told. Raises ApiError."""
+        match self.thinking:
+            case None:
+                return {}
+            case {"type": "disabled"}:
+                return {"enable_thinking": False}
+            case {"type": "adaptive"}:
+                return {"enable_thinking": True}
+            case {"type": "enabled"}:
+                raise unsupported("thinking", "cannot keep to a budget on this server; use the type adaptive")
+        raise unsupported("thinking", 'must be of type "adaptive" or "disabled"')
 
 
 class MessagesBody(CountBody):
@@ -174,7 +192,7 @@ async def count_tokens(body: CountBody, served: Served) -> Response:
     """Tokens of the prompt that /v1/messages would run."""
     served.check_name(body.model)
     body.refuse_unsupported()
-    return json_response({"input_tokens": len(await body.prompt(served))})
+    return json_response({"input_tokens": len(await encode_rendered(served, await body.rendered(served)))})
 
 
 @router.post("/v1/messages")
@@ -182,7 +200,8 @@ async def messages(body: MessagesBody, request: Request, served: Served, record:
     """Answers a conversation."""
     name = served.check_name(body.model)
     body.refuse_unsupported()
-    prompt = served.check_prompt(await body.prompt(served), param="messages")
+    text = await body.rendered(served)
+    prompt = served.check_prompt(await encode_rendered(served, text), param="messages")
     given: dict[str, Any] = {
         "max_tokens": body.max_tokens,
         "temperature": body.temperature,
@@ -190,12 +209,12 @@ async def messages(body: MessagesBody, request: Request, served: Served, record:
         "top_k": body.top_k,
         "stop": body.stop_sequences,
     }
-    reader = body.calls_reader()
-    if isinstance(reader, ForcedCalls):
-        given["structured_outputs"] = reader.structure
+    calls = body.calls_reader()
+    if isinstance(calls, ForcedCalls):
+        given["structured_outputs"] = calls.structure
     params = served.sampling_params({key: value for key, value in given.items() if value is not None})
     generation = served.generate([prompt], params, record)
-    answer = _Answer(body, generation, record, name)
+    answer = _Answer(body, generation, record, name, AnswerReader(served.reasoning_reader(text, params), calls))
     if body.stream:
         frames = answer.frames(served.config.keep_alive_seconds)
         return EventStreamResponse(generation, frames, served.metrics)
@@ -211,21 +230,19 @@ class _Answer:
     generation: Generation
     record: RequestRecord
     name: str
+    reader: AnswerReader
 
     def whole(self) -> dict[str, Any]:
         (output,) = self.generation.outputs(0)
-        prose, calls = output.text, list[ToolCall]()
-        reader = self.body.calls_reader()
-        if reader is not None:
-            prose, calls = reader.read_all(output.text)
-        content: list[dict[str, Any]] = [{"type": "text", "text": prose}] if prose or not calls else []
-        content += [_tool_use(call) | {"input": call.input()} for call in calls]
-        return {**self._message(), "content": content, **self._stop(output, bool(calls)), "usage": self._usage()}
+        blocks = AnswerBlocks(self.reader)
+        for _ in blocks.push(output.text, last=True):
+            pass
+        content = [_block(block, block.text) for block in blocks.blocks]
+        return {**self._message(), "content": content, **self._stop(output, blocks.called), "usage": self._usage()}
 
     async def frames(self, idle: float) -> AsyncIterator[bytes]:
-        reader = self.body.calls_reader()
-        begun = in_text = False
-        index = 0
+        blocks = AnswerBlocks(self.reader)
+        begun = False
         async for pieces in self.generation.pieces(idle):
             if not begun:
                 begun = True
@@ -234,30 +251,10 @@ class _Answer:
             if not pieces:
                 yield _event("ping")
             for piece in pieces:
-                text, calls = piece.chunk.text, list[ToolCall]()
-                if reader is not None:
-                    text, calls = reader.push(text)
-                    if piece.chunk.finish_reason is not None:
-                        rest, last_calls = reader.flush()
-                        text, calls = text + rest, calls + last_calls
-                if text and (in_text or text.strip() or reader is None or not reader.calls):
-                    if not in_text:
-                        in_text = True
-                        yield _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
-                    yield _event("content_block_delta", index=index, delta={"type": "text_delta", "text": text})
-                for call in calls:
-                    if in_text:
-                        yield _event("content_block_stop", index=index)
-                        in_text, index = False, index + 1
-                    yield _event("content_block_start", index=index, content_block=_tool_use(call) | {"input": {}})
-                    delta = {"type": "input_json_delta", "partial_json": json.dumps(call.input(), ensure_ascii=False)}
-                    yield _event("content_block_delta", index=index, delta=delta)
-                    yield _event("content_block_stop", index=index)
-                    index += 1
-        if in_text:
-            yield _event("content_block_stop", index=index)
+                for change in blocks.push(piece.chunk.text, last=piece.chunk.finish_reason is not None):
+                    yield _frame(change)
         (output,) = self.generation.outputs(0)
-        yield _event("message_delta", delta=self._stop(output, bool(reader and reader.calls)), usage=self._usage())
+        yield _event("message_delta", delta=self._stop(output, blocks.called), usage=self._usage())
         yield _event("message_stop")
 
     def _message(self) -> dict[str, Any]:
@@ -281,8 +278,30 @@ class _Answer:
         return {"stop_reason": "tool_use" if called else "end_turn", "stop_sequence": None}
 
 
-def _tool_use(call: ToolCall) -> dict[str, Any]:
-    return {"type": "tool_use", "id": call.call_id, "name": call.name}
+def _block(block: Block, text: str) -> dict[str, Any]:
+    """A content block, with ``text`` of its own."""
+    if block.call is not None:
+        given = block.call.input() if text else {}
+        return {"type": "tool_use", "id": block.call.call_id, "name": block.call.name, "input": given}
+    if block.kind is BlockKind.REASONING:
+        return {"type": "thinking", "thinking": text, "signature": ""}
+    return {"type": "text", "text": text}
+
+
+def _frame(change: BlockChange) -> bytes:
+    block = change.block
+    match change.change:
+        case Change.OPENED:
+            return _event("content_block_start", index=block.index, content_block=_block(block, ""))
+        case Change.CLOSED:
+            return _event("content_block_stop", index=block.index)
+    if block.call is not None:
+        delta = {"type": "input_json_delta", "partial_json": json.dumps(block.call.input(), ensure_ascii=False)}
+    elif block.kind is BlockKind.REASONING:
+        delta = {"type": "thinking_delta", "thinking": change.delta}
+    else:
+        delta = {"type": "text_delta", "text": change.delta}
+    return _event("content_block_delta", index=block.index, delta=delta)
 
 
 def _event(kind: str, **data: Any) -> bytes:

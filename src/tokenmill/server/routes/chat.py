@@ -11,17 +11,18 @@ from fastapi import Request, Response
 from pydantic import BeforeValidator, Field
 
 from tokenmill.engine.outputs import CompletionOutput, StreamChunk
+from tokenmill.server.answer_reader import AnswerReader
 from tokenmill.server.answers import chat_logprobs, prompt_logprobs, usage
 from tokenmill.server.conversation import check_messages, encode_rendered, render
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, FormattedBody, Name
+from tokenmill.server.requests import MAX_LOGPROBS, AnswerBody, Name
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
 from tokenmill.server.structure import ForcedCalls
-from tokenmill.server.tool_calls import ToolCall, ToolCallReader
+from tokenmill.server.tool_calls import ToolCallReader
 from tokenmill.structured import StructuredOutputs
 
 router = new_router()
@@ -47,7 +48,7 @@ Messages = Annotated[list[dict[str, Any]], BeforeValidator(check_messages)]
 Tools = Annotated[list[dict[str, Any]], BeforeValidator(_tools)]
 
 
-class ConversationBody(FormattedBody):
+class ConversationBody(AnswerBody):
     """What makes a prompt of a conversation."""
 
     messages: Messages
@@ -90,6 +91,7 @@ class ChatBody(ConversationBody):
     store: bool | None = None
     modalities: list[Name] | None = None
     reasoning_effort: Name | None = None
+    include_reasoning: bool | None = None
     verbosity: Name | None = None
     audio: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
@@ -160,13 +162,14 @@ async def chat_completions(body: ChatBody, request: Request, served: Served, rec
     name = served.check_name(body.model)
     body.refuse_unsupported()
     record.request_id = body.request_id or record.request_id
-    ids = await encode_rendered(served, await body.rendered(served, body.offered_tools))
-    prompt = served.check_prompt(ids, param="messages")
+    text = await body.rendered(served, body.offered_tools)
+    ids = await encode_rendered(served, text)
+    prompt = served.check_prompt(ids, param="messages", truncate=body.truncate_prompt_tokens)
     given = {**body.sampling(), "max_tokens": body.max_completion_tokens or body.max_tokens}
     if body.logprobs:
         given["logprobs"] = body.top_logprobs or 0
-    generation = served.generate([prompt], served.sampling_params(given), record)
-    answer = _Answer(served, body, generation, record, name)
+    generation = body.start(served, given, [prompt], record)
+    answer = _Answer(served, body, generation, record, name, text)
     if body.stream:
         return EventStreamResponse(generation, answer.frames(), served.metrics)
     await finish_or_leave(request, generation, served.metrics)
@@ -182,13 +185,24 @@ class _Answer:
     generation: Generation
     record: RequestRecord
     name: str
+    prompt: str
+    """As rendered."""
     created: int = field(default_factory=lambda: int(time.time()))
-    _readers: dict[int, ToolCallReader | ForcedCalls | None] = field(default_factory=dict)
-    """Of each choice of a stream."""
+    readers: list[AnswerReader] = field(init=False)
+    """Of each choice."""
+    _called: dict[int, int] = field(default_factory=dict)
+    """Calls of each choice of a stream so far."""
+
+    def __post_init__(self) -> None:
+        params = self.generation.params
+        self.readers = [
+            AnswerReader(self.served.reasoning_reader(self.prompt, params), self.body.calls_reader())
+            for _ in range(params.n)
+        ]
 
     def whole(self) -> dict[str, Any]:
         choices = [self._choice(output) for output in self.generation.outputs(0)]
-        data = {**self._head("chat.completion"), "choices": choices, "usage": usage(self.generation)}
+        data = {**self._head("chat.completion"), "choices": choices, "usage": self._usage()}
         prompt_ids = self.generation.prompts[0].tolist()
         if self.body.prompt_logprobs is not None:
             data["prompt_logprobs"] = prompt_logprobs(
@@ -211,7 +225,7 @@ class _Answer:
             for piece in pieces:
                 yield self._piece(piece.chunk)
         if self.body.include_usage:
-            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage(self.generation)})
+            yield event({**self._head("chat.completion.chunk"), "choices": [], "usage": self._usage()})
         yield DONE
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -223,14 +237,14 @@ class _Answer:
         }
 
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": output.text, "refusal": None}
+        parts = self.readers[output.index].push(output.text, last=True)
+        message: dict[str, Any] = {"role": "assistant", "content": parts.text, "refusal": None}
         finish_reason = output.finish_reason
-        reader = self.body.calls_reader()
-        if reader is not None:
-            prose, calls = reader.read_all(output.text)
-            if calls:
-                message |= {"content": prose or None, "tool_calls": [call.body() for call in calls]}
-                finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+        if parts.reasoning:
+            message |= {"content": parts.text or None, **self._reasoning(parts.reasoning)}
+        if parts.calls:
+            message |= {"content": parts.text.strip() or None, "tool_calls": [call.body() for call in parts.calls]}
+            finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
         choice: dict[str, Any] = {
             "index": output.index,
             "message": message,
@@ -243,22 +257,17 @@ class _Answer:
         return choice
 
     def _piece(self, chunk: StreamChunk) -> bytes:
-        delta: dict[str, Any] = {}
-        text, finish_reason = chunk.text, chunk.finish_reason
-        reader = self._reader(chunk.index)
-        if reader is not None:
-            known = len(reader.calls)
-            text, calls = reader.push(text)
-            if finish_reason is not None:
-                rest, last_calls = reader.flush()
-                text, calls = text + rest, calls + last_calls
-                finish_reason = "tool_calls" if reader.calls and finish_reason == "stop" else finish_reason
-            if calls:
-                delta["tool_calls"] = [_call_delta(known + n, call) for n, call in enumerate(calls)]
-            if reader.calls and not text.strip():
-                text = ""  # the line breaks around calls
-        if text:
-            delta["content"] = text
+        reader, finish_reason = self.readers[chunk.index], chunk.finish_reason
+        parts = reader.push(chunk.text, last=finish_reason is not None)
+        delta = self._reasoning(parts.reasoning)
+        if parts.calls:
+            known = self._called.get(chunk.index, 0)
+            self._called[chunk.index] = known + len(parts.calls)
+            delta["tool_calls"] = [{"index": known + n, **call.body()} for n, call in enumerate(parts.calls)]
+        if parts.text:
+            delta["content"] = parts.text
+        if reader.called and finish_reason == "stop":
+            finish_reason = "tool_calls"
         logprobs = self._logprobs(chunk.token_ids, chunk) if self.body.logprobs and chunk.token_ids else None
         extra: dict[str, Any] = {}
         if self.body.return_token_ids:
@@ -267,10 +276,20 @@ class _Answer:
             extra["stop_reason"] = self.generation.outputs(0)[chunk.index].stop_reason
         return self._event(chunk.index, delta, logprobs, finish_reason, extra)
 
-    def _reader(self, index: int) -> ToolCallReader | ForcedCalls | None:
-        if index not in self._readers:
-            self._readers[index] = self.body.calls_reader()
-        return self._readers[index]
+    def _reasoning(self, text: str) -> dict[str, Any]:
+        """The fields for it: vLLM's name and DeepSeek's, because clients know one or the other."""
+        if not text or self.body.include_reasoning is False:
+            return {}
+        return {"reasoning": text, "reasoning_content": text}
+
+    def _usage(self) -> dict[str, Any]:
+        """Of the whole request, at its end."""
+        tokenizer, outputs = self.served.tokenizer, self.generation.outputs(0)
+        thought = sum(
+            reader.reasoning_tokens(tokenizer, output.token_ids)
+            for reader, output in zip(self.readers, outputs, strict=True)
+        )
+        return {**usage(self.generation), "completion_tokens_details": {"reasoning_tokens": thought}}
 
     def _event(
         self,
@@ -290,7 +309,3 @@ class _Answer:
         as_ids = bool(self.body.return_tokens_as_token_ids)
         best = self.body.top_logprobs or 0
         return chat_logprobs(self.served.tokenizer, ids, source.logprobs or [], best, as_ids)
-
-
-def _call_delta(index: int, call: ToolCall) -> dict[str, Any]:
-    return {"index": index, **call.body()}

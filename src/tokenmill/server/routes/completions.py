@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Request, Response
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from tokenmill.engine.messages import TokenLogprobs
 from tokenmill.engine.outputs import CompletionOutput, StreamChunk
@@ -18,7 +18,7 @@ from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.fill_in_middle import fill_in_middle
 from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
-from tokenmill.server.requests import MAX_LOGPROBS, MAX_PROMPTS, FormattedBody
+from tokenmill.server.requests import MAX_LOGPROBS, AnswerBody, Prompts, name_of
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
@@ -26,34 +26,7 @@ from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, even
 router = new_router()
 
 
-def _prompts(value: object) -> object:
-    """A list of prompts, each a text or a list of token ids."""
-    if isinstance(value, str):
-        return [value]
-    if not isinstance(value, list):
-        raise ValueError("must be a string, a list of token ids, or a list of either")
-    if not value:
-        raise ValueError("is an empty list; give at least one prompt")
-    if _are_ids(value):
-        return [value]
-    if len(value) > MAX_PROMPTS:
-        raise ValueError(f"has {len(value)} prompts; at most {MAX_PROMPTS} are taken")
-    if not all(isinstance(item, str) or (isinstance(item, list) and _are_ids(item)) for item in value):
-        raise ValueError("must be a string, a list of token ids, or a list of either")
-    return value
-
-
-def _are_ids(value: list[object]) -> bool:
-    return all(isinstance(item, int) and not isinstance(item, bool) and -(2**31) <= item < 2**31 for item in value)
-
-
-_OnePrompt = str | list[int]
-Prompts = Annotated[
-    list[_OnePrompt], BeforeValidator(_prompts, json_schema_input_type=_OnePrompt | list[str] | list[list[int]])
-]
-
-
-class CompletionBody(FormattedBody):
+class CompletionBody(AnswerBody):
     prompt: Prompts
     suffix: str | None = None
     max_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -66,6 +39,8 @@ class CompletionBody(FormattedBody):
         super().refuse_unsupported()
         if self.best_of not in (None, self.n or 1):
             raise unsupported("best_of", "is not supported by this server; use n")
+        if self.use_beam_search and self.max_tokens == 0:
+            raise ApiError("use_beam_search needs max_tokens above 0", param="max_tokens")
         if self.suffix and self.echo:
             raise ApiError("suffix and echo cannot be combined", param="suffix")
         if self.max_tokens == 0 and not self.echo:
@@ -90,8 +65,7 @@ async def completions(body: CompletionBody, request: Request, served: Served, re
     if scores_only:
         given.setdefault("prompt_logprobs", 0)
         given.pop("min_tokens", None)
-    params = served.sampling_params(given)
-    generation = served.generate(prompts, params, record, score_only=scores_only)
+    generation = body.start(served, given, prompts, record, score_only=scores_only)
     answer = _Answer(served, body, generation, record, name)
     if body.stream:
         return EventStreamResponse(generation, answer.frames(), served.metrics)
@@ -101,17 +75,16 @@ async def completions(body: CompletionBody, request: Request, served: Served, re
 
 async def _encoded(served: ServedModel, body: CompletionBody, number: int) -> Int32:
     prompt = body.prompt[number]
-    param = "prompt" if len(body.prompt) == 1 else f"prompt[{number}]"
+    param = name_of("prompt", body.prompt, number)
     room = 0 if body.max_tokens == 0 else 1
     if body.suffix:
         if not isinstance(prompt, str):
             raise ApiError("suffix needs prompts that are text", param="suffix")
+        if body.truncate_prompt_tokens is not None:
+            raise ApiError("truncate_prompt_tokens and suffix cannot be combined", param="truncate_prompt_tokens")
         return served.check_prompt(await fill_in_middle(served, prompt, body.suffix, "suffix"), room=room, param=param)
-    if isinstance(prompt, str):
-        if not prompt:
-            raise ApiError(f"{param} is empty: it needs at least one token", param=param)
-        prompt = await served.encode(prompt, add_special=body.add_special_tokens is not False)
-    return served.check_prompt(prompt, room=room, param=param)
+    ids = await served.prompt_ids(prompt, add_special=body.add_special_tokens is not False)
+    return served.check_prompt(ids, room=room, param=param, truncate=body.truncate_prompt_tokens)
 
 
 @dataclass(slots=True)

@@ -44,7 +44,13 @@ class InfillBody(SamplingBody):
         super().refuse_unsupported()
         if self.n not in (None, 1):
             raise unsupported("n", "must be 1 here")
-        for name in ("prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids", "stream_options"):
+        for name in (
+            "truncate_prompt_tokens",
+            "prompt_logprobs",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+            "stream_options",
+        ):
             if getattr(self, name):
                 raise unsupported(name, "is not for this route; leave it out")
         if self.cache_prompt is False:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from fastapi import Request, Response
 from pydantic import BeforeValidator, Field
 
+from tokenmill.server.answer_reader import AnswerBlocks, AnswerReader, Block, BlockChange, BlockKind, Change
 from tokenmill.server.conversation import check_messages, encode_rendered, render
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.generation import Generation
@@ -20,6 +21,7 @@ from tokenmill.server.streams import KEEP_ALIVE, EventStreamResponse, event, fin
 from tokenmill.server.structure import ForcedCalls, from_format
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
 from tokenmill.structured import StructuredOutputs
+from tokenmill.tokenizer import Tokenizer
 
 router = new_router()
 
@@ -41,14 +43,26 @@ def _input(value: object) -> object:
                     messages[-1].setdefault("tool_calls", []).append(call)
                 else:
                     messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            case {"type": "reasoning"}:
+                messages.append({"role": "assistant", "content": "", "reasoning_content": _thoughts(item, number)})
             case {"type": "function_call_output", "call_id": str(call_id), "output": output}:
                 messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
             case {"role": str(role), "content": content} if item.get("type", "message") == "message":
-                messages.append({"role": role, "content": content})
+                if role == "assistant" and messages and messages[-1].keys() == {"role", "content", "reasoning_content"}:
+                    messages[-1]["content"] = content  # the message that the reasoning before it led to
+                else:
+                    messages.append({"role": role, "content": content})
             case _:
                 kind = item.get("type") if isinstance(item, dict) else type(item).__name__
                 raise ValueError(f"[{number}] is of type {kind!r:.40}, which cannot be read here")
     return check_messages(messages)
+
+
+def _thoughts(item: dict[str, Any], number: int) -> str:
+    match item.get("content") or []:
+        case [*parts] if all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+            return "\n".join(part["text"] for part in parts)
+    raise ValueError(f"[{number}].content must be a list of parts with text")
 
 
 def _tools(value: object) -> object:
@@ -166,20 +180,15 @@ async def responses(body: ResponsesBody, request: Request, served: Served, recor
     if structure is not None:
         given["structured_outputs"] = structure
     given |= {key: value for key in ("temperature", "top_p") if (value := getattr(body, key)) is not None}
-    generation = served.generate([prompt], served.sampling_params(given), record)
-    answer = _Answer(body, generation, record, name)
+    params = served.sampling_params(given)
+    reader = AnswerReader(served.reasoning_reader(text, params), body.calls_reader())
+    generation = served.generate([prompt], params, record)
+    answer = _Answer(body, generation, record, name, served.tokenizer, reader)
     if body.stream:
         frames = answer.frames(served.config.keep_alive_seconds)
         return EventStreamResponse(generation, frames, served.metrics)
     await finish_or_leave(request, generation, served.metrics)
     return json_response(answer.whole())
-
-
-@dataclass(slots=True)
-class _Prose:
-    """A message of the output."""
-
-    text: str
 
 
 @dataclass(slots=True)
@@ -190,30 +199,18 @@ class _Answer:
     generation: Generation
     record: RequestRecord
     name: str
+    tokenizer: Tokenizer
+    reader: AnswerReader
     created: int = field(default_factory=lambda: int(time.time()))
-    items: list[_Prose | ToolCall] = field(default_factory=list)
-    """The output so far."""
+    _blocks: AnswerBlocks = field(init=False)
     _sequence: int = 0
-    _reader: ToolCallReader | ForcedCalls | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._reader = self.body.calls_reader()
-
-    def read(self, text: str, *, last: bool) -> tuple[str, list[ToolCall]]:
-        """Splits a piece of the output into prose and the calls that it completes."""
-        if self._reader is None:
-            return text, []
-        text, calls = self._reader.push(text)
-        if last:
-            rest, last_calls = self._reader.flush()
-            text, calls = text + rest, calls + last_calls
-        if self._reader.calls and not text.strip():
-            text = ""  # the line breaks around calls
-        return text, calls
+        self._blocks = AnswerBlocks(self.reader)
 
     def whole(self) -> dict[str, Any]:
-        text, calls = self.read(self.generation.outputs(0)[0].text, last=True)
-        self.items = [*([_Prose(text)] if text or not calls else []), *calls]
+        for _ in self._blocks.push(self.generation.outputs(0)[0].text, last=True):
+            pass
         return self.response(self.status)
 
     @property
@@ -234,7 +231,7 @@ class _Answer:
             "instructions": self.body.instructions,
             "max_output_tokens": self.body.max_output_tokens,
             "model": self.name,
-            "output": [self._item(index, status) for index in range(len(self.items))] if done else [],
+            "output": [self._item(block, self._status_of(block)) for block in self._blocks.blocks] if done else [],
             "parallel_tool_calls": True,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
@@ -260,93 +257,72 @@ class _Answer:
             if not pieces:
                 yield KEEP_ALIVE
             for piece in pieces:
-                text, calls = self.read(piece.chunk.text, last=piece.chunk.finish_reason is not None)
-                for frame in [*self._text(text), *(frame for call in calls for frame in self._call(call))]:
-                    yield frame
-        status = self.status
-        if not self.items:
-            for frame in self._open_prose():
-                yield frame
-        for frame in self._close_prose(status):
-            yield frame
-        yield self._event(f"response.{status}", response=self.response(status))
+                for change in self._blocks.push(piece.chunk.text, last=piece.chunk.finish_reason is not None):
+                    for frame in self._frames(change):
+                        yield frame
+        yield self._event(f"response.{self.status}", response=self.response(self.status))
 
-    def _text(self, text: str) -> list[bytes]:
-        """Events of more text, in the message that is open or a new one."""
-        if not text:
-            return []
-        opening = [] if self.items and isinstance(self.items[-1], _Prose) else self._open_prose()
-        prose = self.items[-1]
-        assert isinstance(prose, _Prose)
-        prose.text += text
-        return [*opening, self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])]
+    def _frames(self, change: BlockChange) -> list[bytes]:
+        """Events that tell a change."""
+        block, channel = change.block, _CHANNELS[change.block.kind]
+        at: dict[str, Any] = {"output_index": block.index}
+        place = {"item_id": self._item_id(block), **at} | ({} if block.call is not None else {"content_index": 0})
+        more: dict[str, Any] = {"logprobs": []} if block.kind is BlockKind.TEXT else {}
+        match change.change:
+            case Change.OPENED:
+                empty: dict[str, Any] = {"content": []} if block.call is None else {}
+                frames = [
+                    self._event("response.output_item.added", **at, item=self._item(block, "in_progress") | empty)
+                ]
+                if block.call is None:
+                    frames.append(self._event("response.content_part.added", **place, part=_part(block)))
+            case Change.GREW:
+                frames = [self._event(f"{channel}.delta", **place, delta=change.delta, **more)]
+            case Change.CLOSED:
+                if block.call is None:
+                    frames = [
+                        self._event(f"{channel}.done", **place, text=block.text, **more),
+                        self._event("response.content_part.done", **place, part=_part(block)),
+                    ]
+                else:
+                    frames = [self._event(f"{channel}.done", **place, name=block.call.name, arguments=block.text)]
+                item = self._item(block, self._status_of(block))
+                frames.append(self._event("response.output_item.done", **at, item=item))
+        return frames
 
-    def _open_prose(self) -> list[bytes]:
-        self.items.append(_Prose(""))
-        index = len(self.items) - 1
-        item = self._item(index, "in_progress") | {"content": []}
-        return [
-            self._event("response.output_item.added", output_index=index, item=item),
-            self._event("response.content_part.added", **self._place(), part=_part("")),
-        ]
+    def _status_of(self, block: Block) -> str:
+        """Of a block that is complete: only the one that the answer ended in can be cut off."""
+        return self.status if block is self._blocks.blocks[-1] else "completed"
 
-    def _close_prose(self, status: str) -> list[bytes]:
-        """Events that end the message that is open, if one is."""
-        prose = self.items[-1] if self.items else None
-        if not isinstance(prose, _Prose):
-            return []
-        index = len(self.items) - 1
-        return [
-            self._event("response.output_text.done", **self._place(), text=prose.text, logprobs=[]),
-            self._event("response.content_part.done", **self._place(), part=_part(prose.text)),
-            self._event("response.output_item.done", output_index=index, item=self._item(index, status)),
-        ]
-
-    def _call(self, call: ToolCall) -> list[bytes]:
-        closing = self._close_prose("completed")
-        self.items.append(call)
-        index = len(self.items) - 1
-        place = {"output_index": index, "item_id": f"fc_{call.call_id}"}
-        begun = self._item(index, "in_progress") | {"arguments": ""}
-        return [
-            *closing,
-            self._event("response.output_item.added", output_index=index, item=begun),
-            self._event("response.function_call_arguments.delta", **place, delta=call.arguments),
-            self._event("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments),
-            self._event("response.output_item.done", output_index=index, item=self._item(index, "completed")),
-        ]
-
-    def _item(self, index: int, status: str) -> dict[str, Any]:
-        item = self.items[index]
-        if isinstance(item, ToolCall):
+    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        if block.call is not None:
             return {
                 "type": "function_call",
-                "id": f"fc_{item.call_id}",
-                "call_id": item.call_id,
-                "name": item.name,
-                "arguments": item.arguments,
+                "id": self._item_id(block),
+                "call_id": block.call.call_id,
+                "name": block.call.name,
+                "arguments": block.text,
                 "status": "completed" if status == "incomplete" else status,
             }
-        return {
-            "type": "message",
-            "id": f"msg_{self.record.request_id}_{index}",
-            "status": status,
-            "role": "assistant",
-            "content": [_part(item.text)],
-        }
+        item = {"id": self._item_id(block), "status": status, "content": [_part(block)]}
+        if block.kind is BlockKind.REASONING:
+            return {"type": "reasoning", "summary": [], **item}
+        return {"type": "message", "role": "assistant", **item}
 
-    def _place(self) -> dict[str, Any]:
-        """Of the last item, a message."""
-        index = len(self.items) - 1
-        return {"item_id": f"msg_{self.record.request_id}_{index}", "output_index": index, "content_index": 0}
+    def _item_id(self, block: Block) -> str:
+        if block.call is not None:
+            return f"fc_{block.call.call_id}"
+        prefix = "rs" if block.kind is BlockKind.REASONING else "msg"
+        return f"{prefix}_{self.record.request_id}_{block.index}"
 
     def _usage(self) -> dict[str, Any]:
         prompt, output = self.generation.prompt_tokens, self.generation.output_tokens
+        thought = self.reader.reasoning_tokens(self.tokenizer, self.generation.outputs(0)[0].token_ids)
         return {
             "input_tokens": prompt,
             "input_tokens_details": {"cached_tokens": self.record.cached_tokens},
             "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": thought},
             "total_tokens": prompt + output,
         }
 
@@ -356,5 +332,15 @@ class _Answer:
         return frame
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+_CHANNELS = {
+    BlockKind.REASONING: "response.reasoning_text",
+    BlockKind.TEXT: "response.output_text",
+    BlockKind.CALL: "response.function_call_arguments",
+}
+"""What the events of a block's text are called."""
+
+
+def _part(block: Block) -> dict[str, Any]:
+    if block.kind is BlockKind.REASONING:
+        return {"type": "reasoning_text", "text": block.text}
+    return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
