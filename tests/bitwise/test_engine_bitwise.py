@@ -67,7 +67,8 @@ def make_core(
     rows = max(sequences, MAX_SCORED_ROWS)
     all_pages = [pages] * len(program.kv_groups)
     backend = NativeBackend(program, weights, StepLimits(tokens, sequences, rows, CONTEXT), all_pages, threads=threads)
-    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target)
+    # Without headroom they preempt as often as they can.
+    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target, headroom=0)
     return EngineCore(
         backend,
         vocab_size=program.vocab_size,

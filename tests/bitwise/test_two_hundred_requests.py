@@ -124,7 +124,9 @@ def _found_by_all_but_the_last_token(monkeypatch: pytest.MonkeyPatch) -> None:
 def _read_back_one_number_off(monkeypatch: pytest.MonkeyPatch) -> None:
     write = NativeBackend.write_page
     monkeypatch.setattr(
-        NativeBackend, "write_page", lambda self, group, page, planes: write(self, group, page, [np.roll(p, 2) for p in planes])
+        NativeBackend,
+        "write_page",
+        lambda self, group, page, planes: write(self, group, page, [np.roll(p, 2) for p in planes]),
     )
 
 

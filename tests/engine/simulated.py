@@ -13,7 +13,7 @@ from tokenmill.backends.backend import Float32, StepLimits
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.policies import SchedulingPolicy
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
-from tokenmill.program.kv import KvGroupSpec
+from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.program.step import StepPlan
 
 FULL = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
@@ -66,6 +66,7 @@ def simulated_core(
     context: int = 8192,
     policy: SchedulingPolicy | None = None,
     max_waiting: int | None = None,
+    headroom: int = 2 * PAGE_TOKENS,
 ) -> tuple[EngineCore, SimulatedBackend]:
     rows = max(sequences, MAX_SCORED_ROWS)
     backend = SimulatedBackend(pages, StepLimits(tokens, sequences, rows, context), costs or Costs())
@@ -74,7 +75,7 @@ def simulated_core(
         backend,
         vocab_size=backend.vocab_size,
         kv_pages=[pages],
-        limits=SchedulerLimits(tokens, sequences, rows, context, step_target),
+        limits=SchedulerLimits(tokens, sequences, rows, context, step_target, headroom),
         policy=policy,
         max_waiting=max_waiting,
         clock=clock,

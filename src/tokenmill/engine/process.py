@@ -249,7 +249,10 @@ class EngineProcess:
         delay = FIRST_DELAY
         while True:
             born = time.monotonic()
-            cause = await self._deliver_until_death() or await self._cause_of_death()
+            try:
+                cause = await self._deliver_until_death() or await self._cause_of_death()
+            except Exception as error:  # an engine that nobody follows must not look alive: a new one takes its place
+                cause = f"the engine could not be followed any more: {type(error).__name__}: {error}"
             self._die(cause)
             if time.monotonic() - born > HEALTHY_SECONDS:
                 delay = FIRST_DELAY
@@ -261,7 +264,7 @@ class EngineProcess:
                     ready = await self._launch()
                     self.restarts += 1
                     self._on_restart(ready)
-                except (EngineStartError, OSError) as error:
+                except Exception as error:
                     self._die(f"the engine could not be started again: {error}")
 
     async def _deliver_until_death(self) -> str | None:

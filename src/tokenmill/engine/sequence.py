@@ -112,6 +112,11 @@ class Sequence:
         of the prompt need the logits of all."""
         return 0 if self.wants_scores else self.length - 1
 
+    def longest(self, context: int) -> int:
+        """Most tokens that it can come to in a context of so many."""
+        most = self.request.params.max_tokens
+        return context if most is None else min(self.prompt_length + most, context)
+
     def twin(self, index: int) -> Sequence:
         """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
         other = Sequence(self.request, index, (*self.rank[:2], index), self.end_ids)
