@@ -197,28 +197,27 @@ def throughput(given: argparse.Namespace) -> None:
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
     params = SamplingParams(max_tokens=given.output_tokens, temperature=0, ignore_eos=True, seed=0)
-    output_tokens = given.requests * given.output_tokens
     with (
         LLM(given.model, memory="2GB", enable_prefix_caching=False, **sizes) as llm,
         served(given.model, ["--memory=2GB", "--no-prefix-caching", *options]) as url,
     ):
         vocab_size = llm.model_config.vocab_size
 
-        def load(url: str, seed: int, *, stream: bool) -> LoadReport:
-            requests = random_requests(given.requests, given.input_tokens, given.output_tokens, vocab_size, seed)
-            report = run_load(url, "m", requests, users=given.requests, stream=stream)
-            if report.failed or report.output_tokens != output_tokens:
+        def load(url: str, seed: int, *, stream: bool, count: int = given.requests) -> LoadReport:
+            requests = random_requests(count, given.input_tokens, given.output_tokens, vocab_size, seed)
+            report = run_load(url, "m", requests, users=count, stream=stream)
+            if report.failed or report.output_tokens != count * given.output_tokens:
                 sys.exit(f"{report.failed} requests failed, {report.output_tokens} tokens came: {report.errors}")
             return report
 
-        def offline(seed: int) -> float:
-            prompts = random_prompts(given.requests, given.input_tokens, vocab_size, seed)
+        def offline(seed: int, count: int = given.requests) -> float:
+            prompts = random_prompts(count, given.input_tokens, vocab_size, seed)
             begin = time.perf_counter()
             llm.generate(prompts, params)
-            return output_tokens / (time.perf_counter() - begin)
+            return count * given.output_tokens / (time.perf_counter() - begin)
 
-        offline(1000)
-        load(url, 1000, stream=True)
+        offline(1000, count=2)
+        load(url, 1000, stream=True, count=2)
         for number in range(given.rounds):
             base = offline(number)
             print(f"offline: {base:.1f} output tokens/s")
