@@ -138,7 +138,7 @@ def test_answers_may_come_whole(server):
     assert list(report.errors) == ["KeyError: 'usage'"]
     assert report.ttft_seconds is None
     assert report.request_seconds.p50 > 0
-    assert 0 < report.client_cpu_seconds
+    assert report.client_cpu_seconds > 0
 
 
 def test_a_server_that_dies_fails_the_rest_and_no_more():

@@ -3,6 +3,7 @@ deterministic and take none."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ class Costs:
     """Per row and slot of context that it reads."""
     chunk_slot: float = 0.0
     """Per sequence of more than one row and slot of context that it reads."""
+    jitter: float = 0.0
+    """A step takes up to this share more or less."""
 
     def seconds(self, plan: StepPlan) -> float:
         lengths = np.diff(plan.row_starts)
@@ -44,6 +47,7 @@ class SimulatedBackend(ToyBackend):
         super().__init__((FULL,), [pages], limits)
         self.costs = costs
         self.now = 0.0
+        self._rng = random.Random(0)
         self.seconds: list[float] = []
         """Of each step."""
 
@@ -51,7 +55,7 @@ class SimulatedBackend(ToyBackend):
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)
     ) -> Mapping[str, Float32]:
         result = super().run(plan, first_op, last_op, outputs)
-        self.seconds.append(self.costs.seconds(plan))
+        self.seconds.append(self.costs.seconds(plan) * (1 + self.costs.jitter * self._rng.uniform(-1, 1)))
         self.now += self.seconds[-1]
         return result
 

@@ -27,6 +27,8 @@ _PACE = 0.5
 _SPREAD = 0.05
 """Share of a measurement in the spread of steps around what was expected of them."""
 _FIRST_SPREAD = 0.1
+_LEAST_SPREAD = 0.05
+"""No machine is so even that steps go as expected for sure."""
 _SWEEPS = 30
 _SETTLED = 1e-3
 """Sweeps end when no cost changes by more than this share of the step."""
@@ -92,7 +94,7 @@ class StepTimeModel:
     @property
     def spread(self) -> float:
         """Standard deviation of the steps with prompts around what was expected of them, as a share of it."""
-        return math.sqrt(self._variance)
+        return max(math.sqrt(self._variance), _LEAST_SPREAD)
 
     def chunk_seconds(self, computed: int) -> float:
         """What a chunk of a prompt costs from slot ``computed`` on, however few its tokens are."""
