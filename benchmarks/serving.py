@@ -8,7 +8,7 @@
 one step, which is what the streams would wait for without split and fuse (the negative control).
 ``shared-prefix``: requests that begin alike arrive at once, with the prefix cache and without.
 ``throughput``: the same requests to the engine offline, to a server that answers whole, to one that streams, and to
-another server (``--peer``, which takes token ids). The client runs on the same machine; its processor time is shown.
+another server (``--peer``; texts, in English). The client runs on the same machine; its processor time is shown.
 
 Everything alternates within a round, and ratios are of two runs of the same seconds: machines change their speed. The
 first two drive the engine step by step, so that a gap between tokens is the engine's.
@@ -29,12 +29,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokenmill.bench.latency import random_prompts
-from tokenmill.bench.load import LoadReport, Quantiles, random_requests, run_load
+from tokenmill.bench.load import LoadReport, LoadRequest, Quantiles, run_load, text_requests
 from tokenmill.engine.assemble import load_core
 from tokenmill.engine.config import SERVING_STEP_TARGET, EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.messages import AddRequest, Finished, TokenOutput
 from tokenmill.engine.statistics import StepRecord
+from tokenmill.evaluate.text import read_texts
 from tokenmill.llm import LLM
 from tokenmill.sampling import SamplingParams
 from tokenmill.sources import resolve
@@ -192,7 +193,7 @@ def burst(core: EngineCore, prompts: list[list[int]]) -> list[float]:
 def throughput(given: argparse.Namespace) -> None:
     sizes = {
         "max_num_seqs": given.requests,
-        "max_model_len": given.input_tokens + given.output_tokens,
+        "max_model_len": 2 * given.input_tokens + given.output_tokens,
         "max_batch_tokens": max(512, given.requests),
     }
     options = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
@@ -201,28 +202,32 @@ def throughput(given: argparse.Namespace) -> None:
         LLM(given.model, memory="2GB", enable_prefix_caching=False, **sizes) as llm,
         served(given.model, ["--memory=2GB", "--no-prefix-caching", *options]) as url,
     ):
-        vocab_size = llm.model_config.vocab_size
+        text = read_texts(["corpus:prose"])
 
-        def load(url: str, seed: int, *, stream: bool, count: int = given.requests) -> LoadReport:
-            requests = random_requests(count, given.input_tokens, given.output_tokens, vocab_size, seed)
-            report = run_load(url, "m", requests, users=count, stream=stream)
-            if report.failed or report.output_tokens != count * given.output_tokens:
-                sys.exit(f"{report.failed} requests failed, {report.output_tokens} tokens came: {report.errors}")
-            return report
+        def prompts(seed: int, count: int) -> list[LoadRequest]:
+            """The same for all, as text: not every server takes token ids."""
+            return text_requests(count, text, 4 * given.input_tokens, given.output_tokens, seed)
 
         def offline(seed: int, count: int = given.requests) -> float:
-            prompts = random_prompts(count, given.input_tokens, vocab_size, seed)
+            texts = [str(request.prompt) for request in prompts(seed, count)]
             begin = time.perf_counter()
-            llm.generate(prompts, params)
+            llm.generate(texts, params)
             return count * given.output_tokens / (time.perf_counter() - begin)
+
+        def load(url: str, seed: int, *, stream: bool, count: int = given.requests) -> LoadReport:
+            report = run_load(url, "m", prompts(seed, count), users=count, stream=stream, timeout=600)
+            if report.failed:
+                sys.exit(f"{report.failed} requests failed: {report.errors}")
+            return report
 
         offline(1000, count=2)
         load(url, 1000, stream=True, count=2)
+        runs = [("server, whole answers", url, False), ("server, streamed", url, True)]
+        runs += [(f"{peer}, streamed", peer, True) for peer in given.peer]
         for number in range(given.rounds):
             base = offline(number)
             print(f"offline: {base:.1f} output tokens/s")
-            runs = [("server, whole answers", url, False), ("server, streamed", url, True)]
-            for name, where, stream in [*runs, *((f"{peer}, streamed", peer, True) for peer in given.peer)]:
+            for name, where, stream in runs:
                 report = load(where, number, stream=stream)
                 rate = report.output_tokens_per_second
                 share = report.client_cpu_seconds / report.seconds

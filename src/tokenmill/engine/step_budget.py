@@ -22,7 +22,7 @@ _LEAST_PROMPT = 8
 """Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
 _OVERHEAD = 0.25
 """Share of a step that decodes and reading the context again may take before the step grows."""
-_LONGEST = 2.0
+_LONGEST = 1.9
 """Targets that all but one in a hundred of such steps stay below, and ..."""
 _DEVIATIONS = 2.33
 """... standard deviations that these are above the mean."""
