@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--seed", type=int, default=0)
     given, options = parser.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends with this process
     limits = ["--max-model-len", "1024", "--max-num-seqs", "16", "--memory", "350MB", *options]
     command = [sys.executable, "-m", "tokenmill", "serve", given.model, "--served-model-name", "m", "--port", "0"]
     with subprocess.Popen([*command, *limits], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
