@@ -46,6 +46,10 @@ class Handler(BaseHTTPRequestHandler):
             if fault == 1:
                 self.answer(503, b'{"error": "overloaded"}')
                 return
+            if not body.get("stream"):
+                usage = {"completion_tokens": body["max_tokens"], "prompt_tokens": len(prompt)}
+                self.answer(200, json.dumps({"choices": [], "usage": usage} if fault != 4 else {}).encode())
+                return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
@@ -126,6 +130,15 @@ def test_each_failure_is_told_apart_and_the_run_goes_on(server):
     assert "overloaded" in joined
     assert "out of memory" in joined
     assert "the stream broke off" in joined or "RemoteProtocolError" in joined
+
+
+def test_answers_may_come_whole(server):
+    report = run_load(server.url, "m", [ids(9), ids(4), ids(9)], users=1, stream=False)
+    assert (report.requests, report.failed, report.output_tokens, report.prompt_tokens) == (3, 1, 8, 6)
+    assert list(report.errors) == ["KeyError: 'usage'"]
+    assert report.ttft_seconds is None
+    assert report.request_seconds.p50 > 0
+    assert report.client_cpu_seconds > 0
 
 
 def test_a_server_that_dies_fails_the_rest_and_no_more():

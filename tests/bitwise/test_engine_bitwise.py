@@ -7,19 +7,22 @@ engines with few pages (preemptions), small token budgets (chunks) and a prefix 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_gguf import VOCABULARY, write_tiny_gguf
 
-from tokenmill.backends.backend import StepLimits
+from tokenmill.backends.backend import ModelWeights, StepLimits
 from tokenmill.backends.native import NativeBackend
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.messages import AddRequest, Embedded, Event, Pooling, PromptScored, TokenOutput
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
 from tokenmill.engine.swap import SwapSpace
 from tokenmill.models import bind
+from tokenmill.program.program import Program
 from tokenmill.sampling import SamplingParams
 from tokenmill.weights.checkpoint import open_checkpoint
 from tokenmill.weights.packing import load_weights
@@ -27,6 +30,17 @@ from tokenmill.weights.packing import load_weights
 CONTEXT = 640
 
 Outputs = dict[tuple[int, int], list[tuple[int, float]]]
+Loaded = tuple[Program, ModelWeights]
+
+
+@contextmanager
+def opened(path: Path, cache: Path | None) -> Iterator[Loaded]:
+    """A model's program and weights."""
+    with open_checkpoint(path) as checkpoint:
+        bound = bind(checkpoint.metadata, checkpoint.kind, {t.name: t.shape for t in checkpoint.tensors.values()})
+        weights = load_weights(checkpoint, bound, cache_dir=cache)
+        yield bound.program, weights
+        weights.close()
 
 
 @pytest.fixture(
@@ -34,11 +48,8 @@ Outputs = dict[tuple[int, int], list[tuple[int, float]]]
 )
 def loaded(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    checkpoint = open_checkpoint(write_tiny_gguf(folder / "tiny.gguf", *request.param))
-    bound = bind(checkpoint.metadata, checkpoint.kind, {t.name: t.shape for t in checkpoint.tensors.values()})
-    weights = load_weights(checkpoint, bound, cache_dir=folder)
-    yield bound.program, weights
-    weights.close()
+    with opened(write_tiny_gguf(folder / "tiny.gguf", *request.param), folder) as model:
+        yield model
 
 
 def make_core(
@@ -56,10 +67,11 @@ def make_core(
     rows = max(sequences, MAX_SCORED_ROWS)
     all_pages = [pages] * len(program.kv_groups)
     backend = NativeBackend(program, weights, StepLimits(tokens, sequences, rows, CONTEXT), all_pages, threads=threads)
-    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target)
+    # Without headroom they preempt as often as they can.
+    limits = SchedulerLimits(tokens, sequences, rows, CONTEXT, step_target, headroom=0)
     return EngineCore(
         backend,
-        vocab_size=VOCABULARY,
+        vocab_size=program.vocab_size,
         kv_pages=all_pages,
         limits=limits,
         prefix_caching=caching,
@@ -112,7 +124,8 @@ def run(core: EngineCore, requests: list[AddRequest], rng: random.Random) -> Out
         while waiting and (not core.busy or rng.random() < 0.3):
             collect(core.handle(waiting.pop()), outputs)
         collect(core.step(), outputs)
-        core.cache.check()
+        core.cache.check()  # free + used + cached = total, each page held as often as it is counted
+    assert all(usage.used == 0 for usage in core.usage())
     return outputs
 
 

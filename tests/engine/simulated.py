@@ -3,6 +3,7 @@ deterministic and take none."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from tokenmill.backends.backend import Float32, StepLimits
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.policies import SchedulingPolicy
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
-from tokenmill.program.kv import KvGroupSpec
+from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.program.step import StepPlan
 
 FULL = KvGroupSpec(layers=1, kv_heads=1, head_dim=16)
@@ -29,6 +30,8 @@ class Costs:
     """Per row and slot of context that it reads."""
     chunk_slot: float = 0.0
     """Per sequence of more than one row and slot of context that it reads."""
+    jitter: float = 0.0
+    """A step takes up to this share more or less."""
 
     def seconds(self, plan: StepPlan) -> float:
         lengths = np.diff(plan.row_starts)
@@ -44,6 +47,7 @@ class SimulatedBackend(ToyBackend):
         super().__init__((FULL,), [pages], limits)
         self.costs = costs
         self.now = 0.0
+        self._rng = random.Random(0)
         self.seconds: list[float] = []
         """Of each step."""
 
@@ -51,7 +55,7 @@ class SimulatedBackend(ToyBackend):
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)
     ) -> Mapping[str, Float32]:
         result = super().run(plan, first_op, last_op, outputs)
-        self.seconds.append(self.costs.seconds(plan))
+        self.seconds.append(self.costs.seconds(plan) * (1 + self.costs.jitter * self._rng.uniform(-1, 1)))
         self.now += self.seconds[-1]
         return result
 
@@ -66,6 +70,7 @@ def simulated_core(
     context: int = 8192,
     policy: SchedulingPolicy | None = None,
     max_waiting: int | None = None,
+    headroom: int = 2 * PAGE_TOKENS,
 ) -> tuple[EngineCore, SimulatedBackend]:
     rows = max(sequences, MAX_SCORED_ROWS)
     backend = SimulatedBackend(pages, StepLimits(tokens, sequences, rows, context), costs or Costs())
@@ -74,7 +79,7 @@ def simulated_core(
         backend,
         vocab_size=backend.vocab_size,
         kv_pages=[pages],
-        limits=SchedulerLimits(tokens, sequences, rows, context, step_target),
+        limits=SchedulerLimits(tokens, sequences, rows, context, step_target, headroom),
         policy=policy,
         max_waiting=max_waiting,
         clock=clock,

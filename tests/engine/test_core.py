@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated import simulated_core
 from toy_backend import ToyBackend, expected_greedy
 
 from tokenmill.backends.backend import StepLimits
@@ -47,7 +48,7 @@ def make_core(
         backend,
         vocab_size=backend.vocab_size,
         kv_pages=[pages] * len(groups),
-        limits=SchedulerLimits(tokens, sequences, rows, CONTEXT),
+        limits=SchedulerLimits(tokens, sequences, rows, CONTEXT, headroom=0),  # preempts as often as it can
         prefix_caching=caching,
         swap=None if swap is None else SwapSpace(*swap, len(groups), backend),
     )
@@ -205,6 +206,18 @@ def test_only_newer_sequences_give_their_pages_to_older_ones() -> None:
         assert oldest.preemptions == before[0], "the oldest sequence lost its pages"
         assert oldest.computed > before[1], "the oldest sequence made no step"
     assert core.statistics.preemptions > 0
+
+
+def test_what_would_be_preempted_at_once_does_not_start() -> None:
+    """Forty requests in a cache for a few: hardly a prompt is computed twice. Without headroom (the negative control)
+    each page that anybody needs throws out the prompt that has just started."""
+    rows = {}
+    for headroom in (0, 2 * PAGE_TOKENS):
+        core, _ = simulated_core(sequences=16, pages=40, context=320, headroom=headroom)
+        run(core, [request(i, [i] * 100, SamplingParams(max_tokens=100, seed=i)) for i in range(40)])
+        rows[headroom] = core.statistics.prompt_tokens
+    assert rows[2 * PAGE_TOKENS] <= 1.15 * 40 * 100
+    assert rows[0] >= 1.4 * 40 * 100
 
 
 def test_n_outputs_share_the_prompts_pages() -> None:

@@ -98,6 +98,20 @@ def test_a_step_that_throws_reaches_every_caller(running: tuple[Engine, ToyBacke
         engine.usage()
 
 
+def test_a_question_that_fails_is_its_callers_and_nobody_elses(
+    running: tuple[Engine, ToyBackend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, _ = running
+
+    def broken() -> None:
+        raise ZeroDivisionError("while counting")
+
+    monkeypatch.setattr(engine._core, "usage", broken)
+    with pytest.raises(ZeroDivisionError, match="while counting"):
+        engine.usage()
+    assert isinstance(until_finished(engine.submit([request(engine, [1])]))[-1], Finished)
+
+
 def test_closing_ends_open_requests_and_frees_once() -> None:
     core, _ = make_core()
     closed: list[bool] = []

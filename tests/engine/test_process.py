@@ -27,7 +27,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.process import EngineProcess, EngineStartError, EngineState, EventStream
-from tokenmill.engine.wire import EngineFailed, EngineReport, decode_body, encode_frame
+from tokenmill.engine.wire import LENGTH, EngineFailed, EngineReport, decode_body, encode_frame
 from tokenmill.errors import MemoryLimitError
 from tokenmill.sampling import SamplingParams
 
@@ -91,6 +91,46 @@ def test_a_request_gives_the_same_events_as_in_this_process(tiny: tuple[Path, En
         assert [e for e in events if isinstance(e, TokenOutput | PromptScored)] == expected[:-1]
 
     with_engine(tiny, use)
+
+
+def test_an_engine_that_hears_nonsense_ends_instead_of_hearing_nothing_more(tiny: tuple[Path, EngineConfig]) -> None:
+    deaths: list[str] = []
+
+    async def use(engine: EngineProcess) -> None:
+        stream = engine.submit([request(engine, 2000)])
+        assert engine._writer is not None
+        engine._writer.write(LENGTH.pack(3) + b"???")
+        with pytest.raises(EngineDeadError, match="exit code 1"):
+            await until_finished(stream)
+        await until(lambda: engine.state is EngineState.RUNNING)
+
+    with_engine(tiny, use, deaths)
+    assert len(deaths) == 1
+
+
+def test_an_engine_that_cannot_be_followed_is_replaced(tiny: tuple[Path, EngineConfig]) -> None:
+    """A fault of the front process while it takes events in: nobody waits for ever behind a state that says running."""
+    deaths: list[str] = []
+
+    def stumble(_: EngineReport) -> None:
+        if not deaths:
+            raise ZeroDivisionError("a bad metric")
+
+    async def run() -> None:
+        engine = EngineProcess(tiny[1], tiny[0], on_report=stumble, on_death=deaths.append)
+        await engine.start()
+        try:
+            stream = engine.submit([request(engine, 2000)])
+            with pytest.raises(EngineDeadError, match="ZeroDivisionError: a bad metric"):
+                await until_finished(stream)
+            await until(lambda: engine.state is EngineState.RUNNING)
+            events = await until_finished(engine.submit([request(engine)]))
+            assert isinstance(events[-1], Finished)
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 240))
+    assert len(deaths) == 1
 
 
 def test_a_refused_request_hears_of_it(tiny: tuple[Path, EngineConfig]) -> None:

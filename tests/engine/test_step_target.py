@@ -50,15 +50,17 @@ def test_a_long_prompt_neither_stalls_its_neighbours_nor_starves() -> None:
     assert max(whole_gaps) >= 4 * max(split_gaps)
 
 
-def test_where_cutting_costs_much_steps_grow_a_little() -> None:
+@pytest.mark.parametrize("jitter", [0.0, 0.3])
+def test_where_cutting_costs_much_steps_grow_as_far_as_they_are_even(jitter: float) -> None:
     """Measured shape of a small model on two cores: attention of a few rows reads the context at nearly full price."""
-    costs = Costs(step=8e-3, row=0.92e-3, pair=5.7e-7, chunk_slot=2.5e-6)
+    costs = Costs(step=8e-3, row=0.92e-3, pair=5.7e-7, chunk_slot=2.5e-6, jitter=jitter)
     split_gaps, split_first = gaps_and_first_token(
         *simulated_core(costs=costs, step_target=TARGET, tokens=LONG + 8, pages=1200)
     )
     _, whole_first = gaps_and_first_token(*simulated_core(costs=costs, tokens=LONG + 8, pages=1200))
-    assert sorted(split_gaps)[int(0.99 * len(split_gaps))] <= 1.7 * TARGET
-    assert split_first <= 1.6 * whole_first
+    assert max(split_gaps) > 1.5 * TARGET
+    assert sorted(split_gaps)[int(0.99 * len(split_gaps))] <= 2 * TARGET
+    assert split_first <= (1.6 if jitter == 0 else 1.9) * whole_first
 
 
 def test_steps_use_the_time_that_they_have() -> None:

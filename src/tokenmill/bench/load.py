@@ -116,6 +116,8 @@ class LoadReport:
     ttft_seconds: Quantiles | None
     itl_seconds: Quantiles | None
     request_seconds: Quantiles | None
+    client_cpu_seconds: float
+    """Processor time that this client took: on the server's machine it is the server's loss."""
     exchanges: tuple[Exchange, ...] = field(repr=False)
 
 
@@ -189,12 +191,14 @@ def run_load(
     itl_bound: float = float("inf"),
     timeout: float = 300.0,
     api_key: str | None = None,
+    stream: bool = True,
     on_exchange: Callable[[Exchange], None] = lambda _: None,
 ) -> LoadReport:
     """Sends ``requests`` to the server at ``url`` (its root, without /v1).
 
     With ``users`` in a closed loop, else each at its ``arrival``; ``load`` is what the report calls it. ``timeout``
-    bounds the wait for any next byte, in seconds. A request that fails is counted with its reason and the run goes on;
+    bounds the wait for any next byte, in seconds. Without ``stream`` answers come whole, and only their end is timed. A
+    request that fails is counted with its reason and the run goes on;
     if the server is gone, so are the rest. Raises UsageError if httpx is missing or a request has no arrival.
     """
     try:
@@ -204,16 +208,16 @@ def run_load(
     if users is None and any(request.arrival is None for request in requests):
         raise UsageError("a request has no arrival: give users for a closed loop, or a rate")
 
-    async def run() -> tuple[list[Exchange], float]:
+    async def run() -> tuple[list[Exchange], float, float]:
         limits = httpx.Limits(max_connections=None)
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         async with httpx.AsyncClient(
             base_url=url, timeout=httpx.Timeout(timeout), limits=limits, headers=headers, trust_env=False
         ) as client:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
 
             async def one(request: LoadRequest, due: float | None) -> Exchange:
-                exchange = await _exchange(client, model, request, start, due)
+                exchange = await _exchange(client, model, request, start, due, stream)
                 on_exchange(exchange)
                 return exchange
 
@@ -226,10 +230,10 @@ def run_load(
                     return [await one(request, None) for request in queue]
 
                 exchanges = [done for each in await asyncio.gather(*(user() for _ in range(users))) for done in each]
-            return list(exchanges), time.perf_counter() - start
+            return list(exchanges), time.perf_counter() - start, time.process_time() - cpu
 
-    exchanges, seconds = asyncio.run(run())
-    return _report(exchanges, seconds, float(users or 0) if load is None else load, ttft_bound, itl_bound)
+    exchanges, seconds, cpu = asyncio.run(run())
+    return _report(exchanges, seconds, cpu, float(users or 0) if load is None else load, ttft_bound, itl_bound)
 
 
 async def _at(start: float, request: LoadRequest, one: Callable[[LoadRequest, float | None], Any]) -> Exchange:
@@ -240,7 +244,7 @@ async def _at(start: float, request: LoadRequest, one: Callable[[LoadRequest, fl
 
 
 async def _exchange(
-    client: httpx.AsyncClient, model: str, request: LoadRequest, start: float, due: float | None
+    client: httpx.AsyncClient, model: str, request: LoadRequest, start: float, due: float | None, stream: bool
 ) -> Exchange:
     import httpx
 
@@ -248,10 +252,10 @@ async def _exchange(
         "model": model,
         "max_tokens": request.max_tokens,
         "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
         "ignore_eos": True,
     }
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     if request.chat:
         path, body["messages"] = "/v1/chat/completions", list(request.prompt)
     else:
@@ -265,8 +269,13 @@ async def _exchange(
                 detail = (await response.aread()).decode(errors="replace")[:200]
                 exchange.error = f"HTTP {response.status_code}: {detail}"
                 return exchange
-            await _follow(exchange, response.aiter_lines(), sent)
-    except httpx.HTTPError as error:
+            if stream:
+                await _follow(exchange, response.aiter_lines(), sent)
+            else:
+                usage = json.loads(await response.aread())["usage"]
+                exchange.output_tokens, exchange.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+                exchange.last = time.perf_counter() - sent
+    except (httpx.HTTPError, ValueError, KeyError) as error:
         exchange.error = f"{type(error).__name__}: {error}".rstrip(": ")
     return exchange
 
@@ -305,7 +314,9 @@ async def _follow(exchange: Exchange, lines: AsyncIterator[str], sent: float) ->
         exchange.output_tokens = exchange.chunks  # a server without usage: one chunk is one token
 
 
-def _report(exchanges: list[Exchange], seconds: float, load: float, ttft_bound: float, itl_bound: float) -> LoadReport:
+def _report(
+    exchanges: list[Exchange], seconds: float, cpu: float, load: float, ttft_bound: float, itl_bound: float
+) -> LoadReport:
     good = [exchange for exchange in exchanges if exchange.error is None]
     errors: dict[str, int] = {}
     for exchange in exchanges:
@@ -332,5 +343,6 @@ def _report(exchanges: list[Exchange], seconds: float, load: float, ttft_bound: 
         ttft_seconds=Quantiles.of(ttft),
         itl_seconds=Quantiles.of(itl),
         request_seconds=Quantiles.of(whole),
+        client_cpu_seconds=cpu,
         exchanges=tuple(exchanges),
     )

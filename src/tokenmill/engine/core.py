@@ -180,6 +180,7 @@ class EngineCore:
             return events
         plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
         work = step_work(chunks)
+        expected = self.scheduler.step_time.seconds(work)
         masks = self._start_masks(chunks)
         planned = self._clock()
         pools = any(chunk.sequence.pool is not None for chunk in chunks)
@@ -194,9 +195,8 @@ class EngineCore:
         end = self._clock()
         self.scheduler.observe(work, end - begin)
         self.statistics.preemptions = self.scheduler.preemptions
-        self.statistics.add(
-            StepRecord(begin, planned - begin, ran - planned, end - ran, work.decoded, work.prompt_tokens, len(chunks))
-        )
+        parts = (planned - begin, ran - planned, end - ran)
+        self.statistics.add(StepRecord(begin, *parts, work.decoded, work.prompt_tokens, len(chunks), expected))
         return events
 
     # ---- messages --------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.kv_cache import PoolUsage
@@ -26,7 +27,21 @@ class _Stop:
     """Asks the thread to end."""
 
 
-_Inbox = queue.SimpleQueue[Message | _Stop | tuple[Callable[[], None], threading.Event]]
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Something to be done between two steps, and where its result goes."""
+
+    function: Callable[[], object]
+    result: Future[object]
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self.function())
+        except BaseException as error:  # the caller's to deal with: nobody else's request ends for it
+            self.result.set_exception(error)
+
+
+_Item = Message | _Stop | _Call
 
 
 class EventStream:
@@ -77,7 +92,7 @@ class Engine:
     def __init__(self, core: EngineCore, on_close: Callable[[], None] = lambda: None) -> None:
         self._core = core
         self._on_close = on_close
-        self._inbox: _Inbox = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._streams: dict[int, tuple[EventStream, int]] = {}
         """Stream and number of outputs still to end, by request."""
@@ -155,18 +170,14 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _between_steps(self, call: Callable[[], Result]) -> Result:
-        """The result of ``call`` in the engine's thread. Raises EngineDeadError."""
-        result: list[Result] = []
-        done = threading.Event()
+    def _between_steps(self, function: Callable[[], Result]) -> Result:
+        """The result of ``function`` in the engine's thread. Raises EngineDeadError and what the function raises."""
+        result: Future[Result] = Future()
         self.check_process()
         with self._lock:
             self._check_alive()
-            self._inbox.put((lambda: result.append(call()), done))
-        done.wait()
-        if not result:
-            raise EngineDeadError("the engine stopped meanwhile")
-        return result[0]
+            self._inbox.put(_Call(function, cast("Future[object]", result)))
+        return result.result()
 
     def _check_alive(self) -> None:
         if self._closed:
@@ -189,8 +200,8 @@ class Engine:
         for stream in streams:
             stream.fail(error)
         for item in self._pending():
-            if isinstance(item, tuple):
-                item[1].set()
+            if isinstance(item, _Call):
+                item.result.set_exception(error)
         self._on_close()
 
     def _take_messages(self) -> bool:
@@ -199,14 +210,13 @@ class Engine:
         for item in itertools.chain(waiting, self._pending()):
             if isinstance(item, _Stop):
                 return False
-            if isinstance(item, tuple):
-                item[0]()
-                item[1].set()
+            if isinstance(item, _Call):
+                item.run()
             else:
                 self._deliver(self._core.handle(item))
         return True
 
-    def _pending(self) -> Iterator[Message | _Stop | tuple[Callable[[], None], threading.Event]]:
+    def _pending(self) -> Iterator[_Item]:
         while True:
             try:
                 yield self._inbox.get_nowait()

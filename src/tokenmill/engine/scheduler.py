@@ -43,6 +43,9 @@ class SchedulerLimits:
     """Tokens of one sequence."""
     step_target: float | None = None
     """Seconds that a step should take: prompts are cut so that it does. None: they are cut by ``tokens`` only."""
+    headroom: int = 2 * PAGE_TOKENS
+    """Tokens that every running sequence can go on for before a prompt starts. Without it a prompt that just fits is
+    preempted by the next page that anybody needs, again and again, and computed for nothing."""
 
 
 class Scheduler:
@@ -251,11 +254,12 @@ class Scheduler:
             sequence.swapped = None
 
     def _promised(self) -> list[int]:
-        """Pages per group that running prompts were admitted with but have not taken yet."""
+        """Pages per group that running sequences need but have not taken yet: for all of the prompt, and to go on."""
         promised = [0] * self.cache.groups
         for sequence in self.running:
-            if sequence.remaining > 1 and sequence.pages is not None:
-                needed = self.cache.pages_needed(min(sequence.length + 1, self.limits.context), self.limits.tokens)
+            if sequence.pages is not None:
+                length = min(sequence.length + self.limits.headroom, sequence.longest(self.limits.context))
+                needed = self.cache.pages_needed(length, self.limits.tokens)
                 for group, pages in enumerate(needed):
                     promised[group] += max(pages - sequence.pages.held(group), 0)
         return promised

@@ -118,6 +118,11 @@ class Sequence:
         the prompt and embeddings may need the rows of all."""
         return 0 if self.wanted_rows else self.length - 1
 
+    def longest(self, context: int) -> int:
+        """Most tokens that it can come to in a context of so many."""
+        most = self.request.params.max_tokens
+        return context if most is None else min(self.prompt_length + most, context)
+
     def twin(self, index: int) -> Sequence:
         """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
         other = Sequence(self.request, index, (*self.rank[:2], index), self.end_ids)

@@ -54,6 +54,8 @@ class StepRecord:
     prompt_tokens: int
     sequences: int
     """That took part."""
+    expected: float = 0.0
+    """Seconds that it should have taken by what the engine had learned; 0 if it keeps to no target."""
 
     @property
     def seconds(self) -> float:

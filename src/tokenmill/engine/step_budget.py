@@ -2,9 +2,9 @@
 
 Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
 :class:`tokenmill.engine.step_time.StepTimeModel` knows. Cutting a prompt costs time: each of its chunks reads the
-weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow
-to at most half as long again; and prompts get at least as much time as the decodes take, so that they go on where
-decodes alone use up the target.
+weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow,
+as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. And prompts
+get at least as much time as the decodes take, so that they go on where decodes alone use up the target.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ MAX_SCORED_ROWS = 64
 
 _LEAST_PROMPT = 8
 """Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
-_OVERHEAD = 0.35
+_OVERHEAD = 0.25
 """Share of a step that decodes and reading the context again may take before the step grows."""
-_LONGEST = 1.5
-"""Targets to which such a step may grow."""
+_LONGEST = 1.9
+"""Targets that all but one in a hundred of such steps stay below, and ..."""
+_DEVIATIONS = 2.33
+"""... standard deviations that these are above the mean."""
 _ALONE = 4.0
 """While nothing decodes nobody waits for a token, and steps of this many targets read the weights less often."""
 
@@ -70,7 +72,8 @@ class StepBudget:
         decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
         if self.work.decoded:
             overhead = decodes + self._model.chunk_seconds(computed)
-            seconds = min(max(self._target, overhead / _OVERHEAD), _LONGEST * self._target)
+            longest = max(_LONGEST / (1 + _DEVIATIONS * self._model.spread), 1.0) * self._target
+            seconds = min(max(self._target, overhead / _OVERHEAD), longest)
         else:
             seconds = _ALONE * self._target
         left = max(seconds, 2 * decodes) - self._model.seconds(self.work)

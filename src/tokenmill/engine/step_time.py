@@ -24,6 +24,11 @@ _PRIOR = 1e-2
 and enough to keep what it has next to nothing of from explaining anything."""
 _PACE = 0.5
 """Share of a measurement in the machine's pace."""
+_SPREAD = 0.05
+"""Share of a measurement in the spread of steps around what was expected of them."""
+_FIRST_SPREAD = 0.1
+_LEAST_SPREAD = 0.05
+"""No machine is so even that steps go as expected for sure."""
 _SWEEPS = 30
 _SETTLED = 1e-3
 """Sweeps end when no cost changes by more than this share of the step."""
@@ -77,6 +82,7 @@ class StepTimeModel:
         self._costs = [0.0] * len(_SCALES)
         self._information = [[_PRIOR if i == j else 0.0 for j in range(len(_SCALES))] for i in range(len(_SCALES))]
         self._pace = 1.0
+        self._variance = _FIRST_SPREAD**2
         self._longest = _FIRST_CHUNK // 2
         self._observed = [0, 0]
         """Steps of decodes alone, and steps with prompts."""
@@ -84,6 +90,11 @@ class StepTimeModel:
     def seconds(self, work: StepWork) -> float:
         """Expected seconds of a step."""
         return self._pace * _dot(self._costs, work.features())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the steps with prompts around what was expected of them, as a share of it."""
+        return max(math.sqrt(self._variance), _LEAST_SPREAD)
 
     def chunk_seconds(self, computed: int) -> float:
         """What a chunk of a prompt costs from slot ``computed`` on, however few its tokens are."""
@@ -110,6 +121,8 @@ class StepTimeModel:
         expected = _dot(self._costs, x)
         if self._observed[with_prompt] > _FAMILIAR and expected > 0:
             ratio = min(seconds / (self._pace * expected), _OUTLIER)
+            if with_prompt:
+                self._variance += _SPREAD * ((ratio - 1) ** 2 - self._variance)
             self._pace *= 1 + _PACE * (ratio - 1)
             surprise = seconds / (self._pace * expected)
             self._fit(x, expected * min(max(surprise, 1 - _SURPRISE), 1 + _SURPRISE))

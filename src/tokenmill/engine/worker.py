@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,9 +98,14 @@ def _waiting_messages(inbox: _Inbox, *, block: bool) -> Iterator[AddRequest | Ab
 
 def _receive(messages: Iterator[object], inbox: _Inbox) -> None:
     """Runs beside the steps. When the front process goes, so does this one, in the middle of a step if need be."""
-    for message in messages:
-        assert isinstance(message, AddRequest | AbortRequest | ResetPrefixCache)
-        inbox.put(message)
+    try:
+        for message in messages:
+            assert isinstance(message, AddRequest | AbortRequest | ResetPrefixCache)
+            inbox.put(message)
+    except Exception:  # an engine that hears nothing any more must not look alive
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
     os._exit(0)
 
 

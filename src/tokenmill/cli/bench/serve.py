@@ -41,6 +41,7 @@ def serve(
     itl: Annotated[float | None, typer.Option("--itl", help="Bound for goodput: mean ms between tokens.")] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait for any next byte.")] = 300.0,
     api_key: Annotated[str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY")] = None,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Token by token, or whole answers.")] = True,
     seed: Annotated[
         int, typer.Option("--seed", min=0, help="Of prompts and arrivals; another one for a server that saw these.")
     ] = 0,
@@ -90,6 +91,7 @@ def serve(
                 itl_bound=float("inf") if itl is None else itl / 1000,
                 timeout=timeout,
                 api_key=api_key,
+                stream=stream,
                 on_exchange=tell,
             )
         )
@@ -139,6 +141,7 @@ def _print(unit: str, runs: list[LoadReport]) -> None:
             "out tok/s",
             "TTFT ms p50/90/99",
             "between tokens p50/90/99",
+            "client CPU",
         ),
         [
             (
@@ -150,6 +153,7 @@ def _print(unit: str, runs: list[LoadReport]) -> None:
                 f"{run.output_tokens_per_second:.1f}",
                 ms(run.ttft_seconds),
                 ms(run.itl_seconds),
+                f"{run.client_cpu_seconds / run.seconds:.0%}",
             )
             for run in runs
         ],
