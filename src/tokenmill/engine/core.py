@@ -186,12 +186,22 @@ class EngineCore:
             self.scheduler.advance(chunk)
         self._score(chunks, plan, logits, events)
         self._end_masks(masks, events)
-        self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
+        alive = [chunk for chunk in chunks if chunk.sequence.pages is not None]
+        sampled = self._sample(alive, chunks, plan, logits, events)
         end = self._clock()
         self.scheduler.observe(work, end - begin)
         self.statistics.preemptions = self.scheduler.preemptions
         self.statistics.add(
-            StepRecord(begin, planned - begin, ran - planned, end - ran, work.decoded, work.prompt_tokens, len(chunks))
+            StepRecord(
+                begin=begin,
+                schedule=planned - begin,
+                forward=ran - planned,
+                sample=end - ran,
+                decoded=work.decoded,
+                prompt_tokens=work.prompt_tokens,
+                sampled=sampled,
+                sequences=len(chunks),
+            )
         )
         return events
 
@@ -297,8 +307,11 @@ class EngineCore:
 
     def _sample(
         self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
-    ) -> None:
-        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt."""
+    ) -> int:
+        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt.
+
+        Returns how many were picked.
+        """
         rows: dict[Sequence, int] = {}
         row = 0
         for chunk in chunks:
@@ -313,7 +326,7 @@ class EngineCore:
                     rows[fork] = rows[chunk.sequence]
                     sequences.append(fork)
         if not sequences:
-            return
+            return 0
         results = self._sampler.sample(
             logits,
             np.array([rows[s] for s in sequences], dtype=np.int32),
@@ -322,7 +335,6 @@ class EngineCore:
             np.array([s.prompt_length for s in sequences], dtype=np.int32),
             [s.grammar.mask if s.grammar is not None else None for s in sequences] if self._grammars else [],
         )
-        self.statistics.sampled += len(sequences)
         now = self._clock()
         for i, sequence in enumerate(sequences):
             request = self._requests.get(sequence.request.request_id)
@@ -347,6 +359,7 @@ class EngineCore:
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
             )
             self._end_if_done(request, sequence, token, events)
+        return len(sequences)
 
     def _take_grammars(self, events: list[Event]) -> None:
         """Lets sequences sample whose grammar has been compiled."""
