@@ -41,8 +41,8 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _HTTP_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SAMPLES = (1, 2, 5, 10, 20)
-_LATENCY_BOUNDS = tuple(0.0005 * 10 ** (eighth / 8) for eighth in range(43))
-"""Eight to a decade, from 0.5 ms to 90 s."""
+_LATENCY_BOUNDS = tuple(0.001 * 10 ** (eighth / 8) for eighth in range(41))
+"""Eight to a decade, from 1 ms to 100 s."""
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_dead", "unauthorized", "body_too_large")
