@@ -16,8 +16,8 @@ from prometheus_client import (
     generate_latest,
 )
 
-from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine import statistics
+from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import Timings
 from tokenmill.engine.wire import EngineReport
 from tokenmill.program.kv import PAGE_TOKENS

@@ -49,7 +49,10 @@ def _read(folder: Traversable, path: str) -> Iterator[tuple[str, WebFile]]:
         else:
             body = entry.read_bytes()
             media_type = _MEDIA_TYPES[PurePosixPath(entry.name).suffix]
-            yield "/" if name == "/web/index.html" else name, WebFile(body, media_type, f'"{sha256(body).hexdigest()[:16]}"')
+            yield (
+                "/" if name == "/web/index.html" else name,
+                WebFile(body, media_type, f'"{sha256(body).hexdigest()[:16]}"'),
+            )
 
 
 WEB_FILES = dict(_read(files("tokenmill.server") / "web", "/web"))
