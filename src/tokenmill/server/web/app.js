@@ -10,17 +10,16 @@ const chat = new Chat();
 const engine = new EngineView();
 
 function showView() {
-  const asked = location.hash.slice(1);
-  const view = VIEWS.includes(asked) ? asked : "chat";
+  const view = VIEWS.find((name) => location.hash === `#/${name}`) ?? VIEWS[0];
   document.body.dataset.view = view;
   for (const name of VIEWS) byId(name).hidden = name !== view;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");
+    if (link.hash === `#/${view}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   if (view === "engine") engine.start();
   else engine.stop();
-  if (asked === "prompt") byId("prompt").focus();
+  if (location.hash === "#prompt") byId("prompt").focus();
 }
 
 /** A panel that a button shows and hides. It closes with Escape, and with the event `done` where it covers the page. */

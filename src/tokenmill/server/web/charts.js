@@ -53,10 +53,10 @@ export function area(points, bottom) {
   return `${line(points)}L${short(points.at(-1)[0])} ${bottom}L${short(points[0][0])} ${bottom}z`;
 }
 
-/** A number with one leading digit of 1, 2 or 5 that is not below `value`: the top of an axis. */
+/** The next number that is round enough for the top of an axis and not below `value`. */
 export function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((digit) => digit * power).find((top) => top >= value * 0.999);
+  return [1, 1.5, 2, 3, 4, 5, 6, 8, 10].map((digit) => digit * power).find((top) => top >= value * 0.999);
 }
 
 /** How many of `cells` each part gets, at least one for a part that is not empty. Parts sum to `total`. */

@@ -54,7 +54,7 @@ class Plot extends Card {
 export class Tokens extends Plot {
   constructor() {
     const legend = [["decode", "generated"], ["prefill", "read from prompts"]];
-    super("Tokens per second", ["prefill", "decode", "decode-line"], ["1 minute ago", "30 s", "now"], { legend });
+    super("Tokens per second", ["prefill area", "decode area", "prefill line", "decode line"], ["1 minute ago", "30 s", "now"], { legend });
   }
 
   draw(_, recent) {
@@ -66,9 +66,10 @@ export class Tokens extends Plot {
         HEIGHT - (HEIGHT * second[name]) / top,
       ]);
     this.top.textContent = number(top);
-    this.picture.draw("prefill", area(points("prompt"), HEIGHT));
-    this.picture.draw("decode", area(points("generated"), HEIGHT));
-    this.picture.draw("decode-line", line(points("generated")));
+    for (const [layer, name] of [["prefill", "prompt"], ["decode", "generated"]]) {
+      this.picture.draw(`${layer} area`, area(points(name), HEIGHT));
+      this.picture.draw(`${layer} line`, line(points(name)));
+    }
     const { prompt, generated } = recent.rate();
     this.picture.describe(`Now ${Math.round(generated)} generated and ${Math.round(prompt)} read from prompts a second`);
   }

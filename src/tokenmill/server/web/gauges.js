@@ -55,12 +55,12 @@ const GAUGES = [
 export class Gauges {
   constructor(place) {
     this.#tiles = GAUGES.map((gauge) => {
-      const value = element("dd", { class: "value" }, "\u2013");
+      const value = element("span", { class: "value" }, "\u2013");
+      const amount = element("dd", {}, value, " ", element("span", { class: "note" }, gauge.unit));
       const picture = new Picture(WIDTH, HEIGHT, ["under", "over"]);
       picture.node.setAttribute("class", `spark ${gauge.layer ?? ""}`);
       picture.node.setAttribute("role", "presentation");
-      const unit = element("span", { class: "unit" }, gauge.unit);
-      const node = element("div", { class: "tile" }, element("dl", {}, element("dt", {}, gauge.label), value), unit, picture.node);
+      const node = element("div", { class: "tile" }, element("dl", {}, element("dt", {}, gauge.label), amount), picture.node);
       return { gauge, value, picture, node };
     });
     place.append(...this.#tiles.map((tile) => tile.node));
