@@ -55,7 +55,9 @@ class WebPage:
         self.asked: list[dict[str, Any]] = []
         """Bodies of the requests for answers."""
         self.extra: dict[str, Any] = {}
-        """Added to those requests on their way."""
+        """Added to those requests on their way; unless there is a limit, answers end after a few tokens."""
+        self.reply: str | None = None
+        """Given in place of the model's answer, a few characters an event."""
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._check_host)
@@ -130,4 +132,10 @@ class WebPage:
     def _pass_on(self, route: Route) -> None:
         body = json.loads(route.request.post_data or "")
         self.asked.append(body)
-        route.continue_(post_data=json.dumps({**body, **self.extra}))
+        if self.reply is None:
+            route.continue_(post_data=json.dumps({"max_tokens": 12, **body, **self.extra}))
+            return
+        pieces = [self.reply[at : at + 7] for at in range(0, len(self.reply), 7)]
+        choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
+        events = [json.dumps({"choices": [choice]}) for choice in choices] + ["[DONE]"]
+        route.fulfill(content_type="text/event-stream", body="".join(f"data: {event}\n\n" for event in events))

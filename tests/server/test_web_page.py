@@ -41,7 +41,7 @@ def test_an_answer_appears_while_it_is_made_and_is_what_the_model_says(
 ) -> None:
     page = open_page(server)
     page.page.get_by_role("heading", name="Talk to tiny").wait_for()
-    page.set(Temperature="0", Longest_answer="300")
+    page.set(Temperature="0", Longest_answer="150")
     page.extra = {"ignore_eos": True}
     page.page.evaluate(
         """new MutationObserver(() => {
@@ -55,7 +55,7 @@ def test_an_answer_appears_while_it_is_made_and_is_what_the_model_says(
     assert text == server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
     partial = page.page.evaluate("window.partial")
     assert 0 < len(partial) < len(page.answers.locator(".body").inner_text())
-    assert "300 tokens" in page.answers.inner_text()
+    assert "150 tokens" in page.answers.inner_text()
     assert page.page.get_by_role("status").inner_text() == text  # what a screen reader says
 
 
@@ -63,7 +63,7 @@ def test_stop_keeps_what_has_come_and_takes_the_request_out_of_the_engine(
     real_server: RunningServer, open_page: OpenPage
 ) -> None:
     page = open_page(real_server)
-    page.extra = {"ignore_eos": True}
+    page.extra = {"ignore_eos": True, "max_tokens": 900}
     page.say("Count to a thousand.")
     page.page.locator(".waits .body p").first.wait_for()
     page.button("Stop").click()
@@ -169,7 +169,7 @@ def test_settings_reach_the_request_and_what_is_empty_does_not(server: RunningSe
 
 def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPage) -> None:
     page = open_page(server)
-    page.extra = {"structured_outputs": {"choice": [HOSTILE]}, "max_tokens": 1500}
+    page.reply = HOSTILE
     page.say("attack")
     assert page.until_answered() == HOSTILE
     answer = page.answers.locator(".body")
@@ -197,7 +197,8 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
 def test_the_security_policy_holds_even_for_the_page_itself(server: RunningServer, open_page: OpenPage) -> None:
     page = open_page(server)
     refused = page.page.evaluate(
-        """() => {
+        """async () => {
+            await new Promise((resolve) => setTimeout(resolve)); // what the test itself evaluates may do more
             const refused = [];
             for (const act of [
                 () => { document.body.innerHTML += "<p>"; },
@@ -266,7 +267,7 @@ def test_no_accessibility_rule_is_broken(server: RunningServer, open_page: OpenP
 
     page.page.get_by_role("heading", name="Talk to tiny").wait_for()
     check("an empty conversation")
-    page.extra = {"structured_outputs": {"choice": [HOSTILE]}, "max_tokens": 1500}
+    page.reply = HOSTILE
     page.say("hello")
     page.until_answered()
     page.set()
@@ -295,7 +296,7 @@ def test_dark_and_light_follow_the_system_until_they_are_chosen(server: RunningS
 
 def test_it_fits_a_phone(server: RunningServer, open_page: OpenPage) -> None:
     page = open_page(server, viewport={"width": 360, "height": 740}, is_mobile=True, has_touch=True)
-    page.extra = {"structured_outputs": {"choice": [HOSTILE + "x" * 200]}, "max_tokens": 2000}
+    page.reply = HOSTILE + "x" * 200
     page.message_box.fill("wide\n" + "y" * 200)
     page.button("Send").tap()
     page.until_answered()
@@ -346,7 +347,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(locked: RunningServer, ope
     assert "alpha" not in str(page.page.evaluate("[{...localStorage}, document.cookie]"))
     page.page.reload()  # the tab still has it
     page.page.get_by_role("heading", name="Talk to tiny").wait_for()
-    assert len(unauthorized(page)) <= 4
+    assert len(unauthorized(page)) == 4  # twice two that came together
     page.open("/#/engine")
     page.page.get_by_text("steps,").wait_for()
 

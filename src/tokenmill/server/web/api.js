@@ -87,8 +87,8 @@ function askForKey(reason) {
       asking = null;
       if (dialog.returnValue === "use" && field.value) {
         sessionStorage.setItem(KEY, field.value.trim());
-        document.dispatchEvent(new Event("newkey"));
         resolve();
+        document.dispatchEvent(new Event("newkey"));
       } else {
         reject(new ApiError("Without a key the server does not answer. Send again to be asked for one.", 401));
       }

@@ -50,8 +50,14 @@ function panel(name) {
   });
 }
 
-/** Learns what is served. */
-async function introduce() {
+let known = null;
+
+/** Learns what is served, once it can be learnt. */
+function introduce() {
+  known ??= learn();
+}
+
+async function learn() {
   try {
     const [{ data }, props] = await Promise.all([get("v1/models"), get("props")]);
     byId("model").textContent = data[0].id;
@@ -59,6 +65,7 @@ async function introduce() {
     const defaults = props.default_generation_settings;
     chat.introduce(data[0].id, defaults.n_ctx, defaults.params);
   } catch (error) {
+    known = null;
     announce(error.message);
     byId("model").textContent = error.message;
   }
