@@ -135,6 +135,7 @@ def _announce(address: str, served: ServedModel) -> None:
     seconds = ", ".join(f"{what} {took:.2f}" for what, took in served.ready.seconds.items() if took >= 0.01)
     say(f"ready ({seconds}); Ctrl-C ends")
     say(str(served.ready.ledger))
+    say(f"chat and a live view in the browser: {address}/")
     print(f"{served.name} is served at {address}/v1", flush=True)
 
 

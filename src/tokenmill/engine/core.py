@@ -191,12 +191,24 @@ class EngineCore:
             self.scheduler.advance(chunk)
         self._look_at_prompts(chunks, plan, values, events)
         self._end_masks(masks, events)
-        self._sample([chunk for chunk in chunks if chunk.sequence.pages is not None], chunks, plan, logits, events)
+        alive = [chunk for chunk in chunks if chunk.sequence.pages is not None]
+        sampled = self._sample(alive, chunks, plan, logits, events)
         end = self._clock()
         self.scheduler.observe(work, end - begin)
         self.statistics.preemptions = self.scheduler.preemptions
-        parts = (planned - begin, ran - planned, end - ran)
-        self.statistics.add(StepRecord(begin, *parts, work.decoded, work.prompt_tokens, len(chunks), expected))
+        self.statistics.add(
+            StepRecord(
+                begin=begin,
+                schedule=planned - begin,
+                forward=ran - planned,
+                sample=end - ran,
+                decoded=work.decoded,
+                prompt_tokens=work.prompt_tokens,
+                sampled=sampled,
+                sequences=len(chunks),
+                expected=expected,
+            )
+        )
         return events
 
     # ---- messages --------------------------------------------------------------------------------------------------
@@ -324,8 +336,11 @@ class EngineCore:
 
     def _sample(
         self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
-    ) -> None:
-        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt."""
+    ) -> int:
+        """One token for every sequence whose last known token has run, and one for each fork of a finished prompt.
+
+        Returns how many were picked.
+        """
         rows: dict[Sequence, int] = {}
         row = 0
         for chunk in chunks:
@@ -340,7 +355,7 @@ class EngineCore:
                     rows[fork] = rows[chunk.sequence]
                     sequences.append(fork)
         if not sequences:
-            return
+            return 0
         results = self._sampler.sample(
             logits,
             np.array([rows[s] for s in sequences], dtype=np.int32),
@@ -349,7 +364,6 @@ class EngineCore:
             np.array([s.prompt_length for s in sequences], dtype=np.int32),
             [s.grammar.mask if s.grammar is not None else None for s in sequences] if self._grammars else [],
         )
-        self.statistics.sampled += len(sequences)
         now = self._clock()
         for i, sequence in enumerate(sequences):
             request = self._requests.get(sequence.request.request_id)
@@ -374,6 +388,7 @@ class EngineCore:
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
             )
             self._end_if_done(request, sequence, token, events)
+        return len(sequences)
 
     def _take_grammars(self, events: list[Event]) -> None:
         """Lets sequences sample whose grammar has been compiled."""

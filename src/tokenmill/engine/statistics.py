@@ -11,7 +11,7 @@ from tokenmill.engine.messages import FailureKind, FinishReason
 
 SECONDS_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_RECENT_STEPS = 128
+_RECENT_STEPS = 1024
 
 
 @dataclass(slots=True)
@@ -52,6 +52,8 @@ class StepRecord:
     decoded: int
     """Sequences that decoded."""
     prompt_tokens: int
+    sampled: int
+    """Tokens picked."""
     sequences: int
     """That took part."""
     expected: float = 0.0
@@ -97,6 +99,7 @@ class StepStatistics:
         self.steps += 1
         self.tokens += step.rows
         self.prompt_tokens += step.prompt_tokens
+        self.sampled += step.sampled
         self.schedule_seconds += step.schedule
         self.forward_seconds += step.forward
         self.sample_seconds += step.sample

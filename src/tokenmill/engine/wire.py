@@ -21,6 +21,7 @@ from tokenmill.backends.backend import Float32
 from tokenmill.engine.kv_cache import PoolUsage
 from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import AbortRequest, AddRequest, Embedded, Failed, Finished, PromptScored, TokenOutput
+from tokenmill.engine.statistics import StepRecord
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -68,19 +69,18 @@ class EngineFailed:
 class EngineReport:
     """State between two steps."""
 
-    steps: int
-    """Since the start, as the next three."""
-    tokens: int
-    """Rows that ran."""
-    sampled: int
     preemptions: int
+    """Since the start."""
     usage: list[PoolUsage]
     """Pages of each KV group."""
     running: int
     """Sequences that hold pages."""
     waiting: int
-    step_seconds: float
-    """Of the last step; 0 if no step ran since the last report."""
+    prefix_queries: int
+    """Tokens of the sequences that have started, and those of them that the prefix cache had; since the start."""
+    prefix_hits: int
+    step: StepRecord | None
+    """What ran since the last report."""
 
 
 ToEngine = LoadModel | AddRequest | AbortRequest | ResetPrefixCache

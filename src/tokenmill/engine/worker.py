@@ -12,7 +12,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +61,7 @@ def main() -> None:
         _leave(connection, EngineFailed("there is not enough memory to load the model; lower --memory or free some"))
     except Exception as error:
         _leave(connection, EngineFailed(f"loading the model failed: {type(error).__name__}: {error}"))
-    _send(connection, [_ready(loaded), _report(loaded.core, 0.0)])
+    _send(connection, [_ready(loaded), _report(loaded.core, 0)])
     try:
         _serve(connection, loaded.core, inbox)
     except Exception as error:
@@ -78,12 +77,10 @@ def _serve(connection: socket.socket, core: EngineCore, inbox: _Inbox) -> None:
                 core.cache.reset()
             else:
                 events += core.handle(message)
-        seconds = 0.0
+        steps = core.statistics.steps
         if core.busy:
-            started = time.perf_counter()
             events += core.step()
-            seconds = time.perf_counter() - started
-        _send(connection, [*events, _report(core, seconds)])
+        _send(connection, [*events, _report(core, steps)])
 
 
 def _waiting_messages(inbox: _Inbox, *, block: bool) -> Iterator[AddRequest | AbortRequest | ResetPrefixCache]:
@@ -153,17 +150,17 @@ def _ready(loaded: LoadedCore) -> EngineReady:
     )
 
 
-def _report(core: EngineCore, seconds: float) -> EngineReport:
+def _report(core: EngineCore, steps: int) -> EngineReport:
+    """The state now, when ``steps`` were known of."""
     counters = core.statistics
     return EngineReport(
-        steps=counters.steps,
-        tokens=counters.tokens,
-        sampled=counters.sampled,
         preemptions=counters.preemptions,
         usage=core.usage(),
         running=len(core.scheduler.running),
         waiting=len(core.scheduler.waiting),
-        step_seconds=seconds,
+        prefix_queries=core.scheduler.prefix_queries,
+        prefix_hits=core.scheduler.prefix_hits,
+        step=counters.recent[-1] if counters.steps > steps else None,
     )
 
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from tokenmill import __version__
 from tokenmill.server.errors import install_handlers
 from tokenmill.server.gate import Gate
-from tokenmill.server.routes import anthropic, chat, completions, infill, operations, pooling, responses, tokens
+from tokenmill.server.routes import anthropic, chat, completions, infill, operations, pooling, responses, tokens, web
 from tokenmill.server.served import ServedModel
 
 ROUTERS = (
@@ -21,6 +21,7 @@ ROUTERS = (
     infill.router,
     tokens.router,
     pooling.router,
+    web.router,
 )
 
 

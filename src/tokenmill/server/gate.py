@@ -17,9 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokenmill.server.errors import CLIENT_CLOSED, ApiError, error_response
 from tokenmill.server.generation import new_record
 from tokenmill.server.served import ServedModel
+from tokenmill.server.web_files import WEB_FILES
 
-OPEN_ROUTES = frozenset({"/health", "/ready", "/ping"})
-"""Need no key: whoever watches the server has none."""
+OPEN_ROUTES = frozenset({"/health", "/ready", "/ping"}) | WEB_FILES.keys()
+"""Need no key: whoever watches the server has none, and the web page asks for it."""
 ADMIN_ROUTES = frozenset({"/reset_prefix_cache", "/abort_requests"})
 """Change the server, or others' requests."""
 MAX_HEADER_BYTES = 64 << 10

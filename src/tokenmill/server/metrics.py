@@ -16,6 +16,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+from tokenmill.engine import statistics
 from tokenmill.engine.ledger import MemoryLedger
 from tokenmill.engine.messages import Timings
 from tokenmill.engine.wire import EngineReport
@@ -40,6 +41,8 @@ _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _STEP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 _HTTP_SECONDS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SAMPLES = (1, 2, 5, 10, 20)
+_LATENCY_BOUNDS = tuple(0.001 * 10 ** (eighth / 8) for eighth in range(41))
+"""Eight to a decade, from 1 ms to 100 s."""
 
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 REJECTIONS = ("queue_full", "draining", "engine_dead", "unauthorized", "body_too_large")
@@ -143,7 +146,11 @@ class Metrics:
             buckets=_HTTP_SECONDS,
             registry=self.registry,
         )
-        self._steps_seen = (0, 0, 0, 0)
+        self._preemptions_seen = 0
+
+        # vLLM's buckets hold all tokens of a small model in one; a picture needs more.
+        self.first_token_seconds = statistics.Histogram(_LATENCY_BOUNDS)
+        self.between_tokens_seconds = statistics.Histogram(_LATENCY_BOUNDS)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
@@ -173,7 +180,7 @@ class Metrics:
         self._up.set(up)
         if not up:
             self._deaths.inc()
-            self._steps_seen = (0, 0, 0, 0)  # a new engine counts from zero
+            self._preemptions_seen = 0  # a new engine counts from zero
             self._running.set(0)
             self._waiting.set(0)
             self._kv_usage.set(0)
@@ -186,15 +193,13 @@ class Metrics:
         for group, pool in enumerate(report.usage):
             for state, count in (("free", pool.free), ("used", pool.used), ("cached", pool.cached)):
                 self._pages.labels(**self._labels, group=group, state=state).set(count)
-        steps, tokens, sampled, preemptions = self._steps_seen
-        if report.steps > steps:
-            rows = report.tokens - tokens
-            self._step_tokens.observe(rows)
-            phase = "decode" if rows == report.sampled - sampled else "prefill"
-            self._step_seconds.labels(**self._labels, phase=phase).observe(report.step_seconds)
-        if report.preemptions > preemptions:
-            self._preemptions.inc(report.preemptions - preemptions)
-        self._steps_seen = (report.steps, report.tokens, report.sampled, report.preemptions)
+        if report.step is not None:
+            self._step_tokens.observe(report.step.rows)
+            phase = "prefill" if report.step.prompt_tokens else "decode"
+            self._step_seconds.labels(**self._labels, phase=phase).observe(report.step.seconds)
+        if report.preemptions > self._preemptions_seen:
+            self._preemptions.inc(report.preemptions - self._preemptions_seen)
+        self._preemptions_seen = report.preemptions
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -209,11 +214,13 @@ class Metrics:
         """``seconds`` since the request's arrival."""
         self._generated.inc()
         self._first_token.observe(seconds)
+        self.first_token_seconds.add(seconds)
 
     def next_token(self, seconds: float) -> None:
         """``seconds`` since the output's token before."""
         self._generated.inc()
         self._between_tokens.observe(seconds)
+        self.between_tokens_seconds.add(seconds)
 
     def output_ended(self, reason: str, timings: Timings, prompt_tokens: int, tokens: int, first: bool) -> None:
         """An output is complete; ``first`` is the one that computed the prompt."""

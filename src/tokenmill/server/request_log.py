@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from tokenmill.sampling import SamplingParams
 from tokenmill.server.config import LogFormat
+from tokenmill.server.web_files import WEB_FILES
 
 log = logging.getLogger("tokenmill.requests")
 
-_QUIET_ROUTES = {"/health", "/ready", "/ping", "/metrics", "/load"}
-"""Asked by machines every few seconds: logged at DEBUG."""
+_QUIET_ROUTES = {"/health", "/ready", "/ping", "/metrics", "/load", "/statistics"} | WEB_FILES.keys()
+"""Asked by machines every few seconds, or the files of a page: logged at DEBUG."""
 
 
 @dataclass(slots=True)

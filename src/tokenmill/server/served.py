@@ -14,6 +14,7 @@ from tokenmill.engine.assemble import ModelText, load_text
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.messages import AddRequest, BeamSearch, Pooling
 from tokenmill.engine.process import EngineProcess, EngineState
+from tokenmill.engine.statistics import StepStatistics
 from tokenmill.engine.wire import EngineReady, EngineReport
 from tokenmill.program.step import Int32
 from tokenmill.sampling import SamplingParams, bad_word_ids
@@ -50,6 +51,8 @@ class ServedModel:
         self.text: ModelText
         self.tokenizer: Tokenizer
         self.metrics: Metrics
+        self.steps = StepStatistics()
+        """The engine's steps since the server started, whichever process ran them."""
         self.generations: dict[Generation, None] = {}
         """Those that run, oldest first."""
         self._recent_ends: list[float] = []
@@ -254,6 +257,8 @@ class ServedModel:
 
     def _report_came(self, report: EngineReport) -> None:
         self.metrics.engine_report(report)
+        if report.step is not None:
+            self.steps.add(report.step)
 
     def _engine_died(self, cause: str) -> None:
         log.error("%s; starting it again", cause)

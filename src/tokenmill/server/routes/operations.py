@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from typing import Annotated, Any
 
-from fastapi import Response
+from fastapi import Query, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 
 from tokenmill import __version__
+from tokenmill.program.kv import PAGE_TOKENS
 from tokenmill.server.errors import ApiError
 from tokenmill.server.requests import Name, StrictBody
 from tokenmill.server.routes.access import Served, new_router
@@ -18,6 +20,9 @@ from tokenmill.server.served import ServedModel
 from tokenmill.server.streams import json_response
 
 router = new_router()
+
+MAX_LISTED = 64
+"""Requests that /statistics tells of one by one."""
 
 _ANSWER_PREFIX = re.compile(r"^(chatcmpl-|cmpl-|msg_|resp_)")
 
@@ -125,22 +130,70 @@ async def props(served: Served) -> Response:
 @router.get("/slots")
 async def slots(served: Served) -> Response:
     """What runs and waits, oldest first, in llama.cpp's names; without texts."""
-    now = time.monotonic()
+    return json_response(_slots(served))
+
+
+@router.get("/statistics")
+async def statistics(served: Served, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+    """The engine now and since the start, for live views: times in seconds, ``time`` and steps by one clock.
+
+    Of the latest steps, those that ran since there had been ``after`` of them.
+    """
+    report, ledger, steps = served.engine.report, served.ready.ledger, served.steps
+    unknown = steps.steps - after if after <= steps.steps else steps.steps
     return json_response(
-        [
-            {
-                "id": number,
-                "id_task": generation.record.request_id,
-                "n_ctx": served.max_model_len,
-                "is_processing": generation.record.first_token is not None,
-                "n_prompt_tokens": generation.prompt_tokens,
-                "n_decoded": generation.output_tokens,
-                "outputs_open": generation.open_outputs,
-                "seconds": round(now - generation.record.arrival, 3),
-            }
-            for number, generation in enumerate(served.generations)
-        ]
+        {
+            "time": time.monotonic(),
+            "server_started": served.created,
+            "model": served.name,
+            "engine": {
+                "state": served.engine.state.value,
+                "reason": served.engine.reason,
+                "restarts": served.engine.restarts,
+                "architecture": served.ready.architecture,
+                "max_model_len": ledger.max_model_len,
+                "max_num_seqs": ledger.max_num_seqs,
+                "step_target": served.engine_config.step_target,
+            },
+            "running": 0 if report is None else report.running,
+            "waiting": 0 if report is None else report.waiting,
+            "requests": _slots(served, MAX_LISTED),
+            "kv": {"page_tokens": PAGE_TOKENS, "groups": [] if report is None else report.usage},
+            "prefix_cache": {
+                "queries": 0 if report is None else report.prefix_queries,
+                "hits": 0 if report is None else report.prefix_hits,
+            },
+            "memory": {
+                "weights": ledger.weights,
+                "kv": ledger.kv,
+                "scratch": ledger.scratch,
+                "budget": ledger.budget.limit,
+            },
+            "tokens": {"prompt": steps.prompt_tokens, "generated": steps.sampled},
+            "latency": {
+                "first_token": served.metrics.first_token_seconds,
+                "between_tokens": served.metrics.between_tokens_seconds,
+            },
+            "steps": {"count": steps.steps, "latest": list(steps.recent)[-unknown:] if unknown else []},
+        }
     )
+
+
+def _slots(served: ServedModel, most: int | None = None) -> list[dict[str, Any]]:
+    now = time.monotonic()
+    return [
+        {
+            "id": number,
+            "id_task": generation.record.request_id,
+            "n_ctx": served.max_model_len,
+            "is_processing": generation.record.first_token is not None,
+            "n_prompt_tokens": generation.prompt_tokens,
+            "n_decoded": generation.output_tokens,
+            "outputs_open": generation.open_outputs,
+            "seconds": round(now - generation.record.arrival, 3),
+        }
+        for number, generation in enumerate(itertools.islice(served.generations, most))
+    ]
 
 
 def _card(served: ServedModel, name: str) -> dict[str, Any]:
