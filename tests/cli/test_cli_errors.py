@@ -154,7 +154,8 @@ def test_memory_that_the_system_refuses_is_an_error_with_advice(smollm2_path):
         "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))\n"
         "sys.argv = ['tokenmill', 'generate', sys.argv[1], 'x', '--memory', '3GB']; main()"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(smollm2_path)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(smollm2_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert "error: the system refused memory while" in run.stderr
 

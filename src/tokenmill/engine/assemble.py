@@ -145,8 +145,8 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
     except MemoryError as error:
         _close_all(open_parts)
         raise MemoryLimitError(
-            f"the system refused memory while {path.name} was loaded, though the budget allows it; free some, raise the "
-            "system's limit (ulimit -v), or lower memory or max_model_len"
+            f"the system refused memory while {path.name} was loaded, though the budget allows it; free some, raise "
+            "the system's limit (ulimit -v), or lower memory or max_model_len"
         ) from error
     except BaseException:
         _close_all(open_parts)
