@@ -66,10 +66,6 @@ PrefixEnd PrefixSearch::find(const float* keys, const float* weights, int64_t n,
   return among_few(rest, target);
 }
 
-size_t PrefixSearch::bytes() const {
-  return sizeof(float) * (keys_.capacity() + weights_.capacity() + ids_.capacity()) + sizeof(Candidate) * candidates_.capacity();
-}
-
 bool PrefixSearch::copy_between(View& rest, float low, float high, int64_t most) {
   const auto room = static_cast<size_t>(most + kSpill);
   if (keys_.size() < room) {

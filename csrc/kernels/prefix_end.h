@@ -5,7 +5,6 @@
 // at further. A wrong guess costs another pass and never the answer.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -28,8 +27,6 @@ class PrefixSearch {
   // if they do not, and at least one. Keys below `floor` are not looked at; one key must reach it. `total` is what all
   // keys from `floor` up weigh, roughly; 0 if unknown. Same bits on every instruction-set path.
   PrefixEnd find(const float* keys, const float* weights, int64_t n, double target, double total, float floor);
-
-  size_t bytes() const;
 
  private:
   struct View {

@@ -51,10 +51,11 @@ class Sampler::Worker {
         maxima_(static_cast<size_t>((vocabulary + kMaximaBlock - 1) / kMaximaBlock)),
         sums_(sum_blocks(vocabulary)) {}
 
+  // The most that a row can make it hold: some buffers are made at first use.
   int64_t bytes() const {
-    const size_t words = logits_.size() + weights_.size() + occurrences_.size() + keys_.size() + sums_.size() +
-                         maxima_.size() + raw_maxima_.size() + order_.size() + kept_logits_.size() + kept_weights_.size() + kept_ids_.size();
-    return static_cast<int64_t>(4 * words + search_.bytes());
+    const int64_t rows = 4 + 3;  // logits, weights, occurrences, keys; what the search copies
+    const auto blocks = static_cast<int64_t>(4 * maxima_.size() + sums_.size());
+    return 4 * (rows * n_ + 3 * (n_ / kCopiedShare) + blocks);
   }
 
   void sample(const SampleRow& row, SampledToken& out, const BestTokens& best) {

@@ -147,6 +147,19 @@ def test_a_corrupt_file_is_exit_code_1(cli, tmp_path):
     assert result.out == ""
 
 
+def test_memory_that_the_system_refuses_is_an_error_with_advice(smollm2_path):
+    program = (
+        "import resource; from tokenmill.cli import main; import sys\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), -1))\n"
+        "sys.argv = ['tokenmill', 'generate', sys.argv[1], 'x', '--memory', '3GB']; main()"
+    )
+    command = [sys.executable, "-c", program, str(smollm2_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert "error: the system refused memory while" in run.stderr
+
+
 def test_an_unexpected_error_is_one_line(cli, monkeypatch):
     def explode(*args, **kwargs):
         raise ZeroDivisionError("sudden")

@@ -19,7 +19,7 @@ from tokenmill.engine.kv_cache import KvCache
 from tokenmill.engine.ledger import MemoryLedger, memory_budget, parse_size, plan_memory
 from tokenmill.engine.scheduler import SchedulerLimits
 from tokenmill.engine.swap import SwapSpace
-from tokenmill.errors import UsageError
+from tokenmill.errors import MemoryLimitError, UsageError
 from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.program import Program
@@ -142,6 +142,12 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
             backend, core, actual = _allocate(config, program, weights, ledger, grammars)
         open_parts.append(backend.close)
         ledger = actual.checked()
+    except MemoryError as error:
+        _close_all(open_parts)
+        raise MemoryLimitError(
+            f"the system refused memory while {path.name} was loaded, though the budget allows it; free some, raise "
+            "the system's limit (ulimit -v), or lower memory or max_model_len"
+        ) from error
     except BaseException:
         _close_all(open_parts)
         raise

@@ -57,8 +57,6 @@ def main() -> None:
         loaded = load_core(EngineConfig(**first.config), Path(first.path))  # type: ignore[arg-type]
     except TokenmillError as error:
         _leave(connection, EngineFailed(str(error), error.exit_code))
-    except MemoryError:
-        _leave(connection, EngineFailed("there is not enough memory to load the model; lower --memory or free some"))
     except Exception as error:
         _leave(connection, EngineFailed(f"loading the model failed: {type(error).__name__}: {error}"))
     _send(connection, [_ready(loaded), _report(loaded.core, 0)])
