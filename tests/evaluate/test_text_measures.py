@@ -9,9 +9,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
+from eval_verb import run_eval
 
-from tokenmill.cli import app
 from tokenmill.errors import MemoryLimitError, UsageError
 from tokenmill.evaluate import text as texts
 from tokenmill.evaluate.kl import kl_divergence
@@ -264,20 +263,12 @@ def test_runs_are_written_in_one_way():
             parse_run(wrong, "m")
 
 
-def run_verb(*arguments):
-    result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_perplexity_of_two_backends_is_paired(smollm2_path, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     report, log = tmp_path / "report.json", tmp_path / "log.jsonl"
     shared = ["--text", tmp_path / "text", "--tokens", "60", "--window", "32", "--json", report, "--log", log]
     shared += ["--peer", f"llama.cpp={sys.executable}"]
-    output = run_verb("perplexity", smollm2_path, "--vs", f"{smollm2_path}@torch", *shared)
+    output = run_eval("perplexity", smollm2_path, "--vs", f"{smollm2_path}@torch", *shared)
     assert "first / it" in output
     record = json.loads(report.read_text())
     first, second = record["runs"]
@@ -296,8 +287,8 @@ def test_a_run_that_does_not_fit_the_memory_is_refused_before_anything_is_loaded
     monkeypatch.setattr("tokenmill.bare_model.load_weights", lambda *_, **__: pytest.fail("weights were loaded"))
     (tmp_path / "text").write_text(TEXT)
     for verb in (["perplexity", smollm2_path], ["kl", smollm2_path, "--tokens", "32", "--window", "32"]):
-        with pytest.raises(MemoryLimitError, match=r"needs .* memory=200MB allows 200 MB; take a smaller model"):
-            run_verb(*verb, "--text", tmp_path / "text", "--memory", "200MB")
+        with pytest.raises(MemoryLimitError, match=r"needs .* memory=100MB allows 100 MB; take a smaller model"):
+            run_eval(*verb, "--text", tmp_path / "text", "--memory", "100MB")
 
 
 def test_kl_of_runs_against_a_stored_reference(smollm2_path, tmp_path, monkeypatch):
@@ -307,7 +298,7 @@ def test_kl_of_runs_against_a_stored_reference(smollm2_path, tmp_path, monkeypat
     report = tmp_path / "report.json"
     shared = ["kl", smollm2_path, "--text", tmp_path / "text", "--tokens", "64", "--window", "32"]
     runs = ["--run", "native", "--run", "torch/f32+int8", "--run", "torch", "--peer", "llama.cpp=/nowhere/python"]
-    output = run_verb(*shared, *runs, "--json", report)
+    output = run_eval(*shared, *runs, "--json", report)
     assert "llama.cpp FAILED" in output
     native, int8, same, peer = json.loads(report.read_text())["runs"]
     assert 1e-5 < native["summary"]["mean"] < 0.1
@@ -319,15 +310,15 @@ def test_kl_of_runs_against_a_stored_reference(smollm2_path, tmp_path, monkeypat
     (stored,) = (tmp_path / "references").glob("*.log")
     assert stored.stat().st_size == 2 * 64 * 49152
     before = stored.stat().st_mtime_ns
-    run_verb(*shared, "--run", "native")
+    run_eval(*shared, "--run", "native")
     assert stored.stat().st_mtime_ns == before
     with pytest.raises(TextError, match="windows of 32 tokens"):
-        run_verb("kl", smollm2_path, "--text", tmp_path / "text", "--tokens", "6400", "--window", "32")
+        run_eval("kl", smollm2_path, "--text", tmp_path / "text", "--tokens", "6400", "--window", "32")
 
 
 def test_a_corpus_is_written(tmp_path):
-    output = run_verb("corpus", tmp_path / "out.txt", "--kind", "code", "--characters", "5000")
+    output = run_eval("corpus", tmp_path / "out.txt", "--kind", "code", "--characters", "5000")
     facts = json.loads(output)
     assert facts["characters"] == len((tmp_path / "out.txt").read_text()) == 5000
     with pytest.raises(UsageError, match="--part calibration or evaluation"):
-        run_verb("corpus", tmp_path / "x", "--part", "test")
+        run_eval("corpus", tmp_path / "x", "--part", "test")

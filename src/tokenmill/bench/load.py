@@ -104,9 +104,10 @@ class LoadReport:
     failed: int
     errors: dict[str, int]
     seconds: float
-    prompt_tokens: int
+    prompt_tokens: int | None
+    """Of the requests that ended well, as the server counts them; None if it does not say."""
     output_tokens: int
-    """Of the requests that ended well, as the server counts them where it does."""
+    """As the server counts them, or one for each chunk where it does not say."""
     asked_tokens: int
     """Most that these requests could have produced; fewer came if the server stops at end tokens."""
     output_tokens_per_second: float
@@ -328,13 +329,14 @@ def _report(
     whole = [exchange.last for exchange in good if exchange.last is not None]
     within = [e for e in good if (e.ttft or 0.0) <= ttft_bound and (e.itl or 0.0) <= itl_bound]
     output = sum(exchange.output_tokens for exchange in good)
+    told = [exchange.prompt_tokens for exchange in good]
     return LoadReport(
         load=load,
         requests=len(exchanges),
         failed=len(exchanges) - len(good),
         errors=errors,
         seconds=seconds,
-        prompt_tokens=sum(exchange.prompt_tokens or 0 for exchange in good),
+        prompt_tokens=None if None in told else sum(filter(None, told)),
         output_tokens=output,
         asked_tokens=sum(exchange.asked_tokens for exchange in good),
         output_tokens_per_second=output / seconds,

@@ -160,7 +160,8 @@ def _print(unit: str, runs: list[LoadReport]) -> None:
         right=range(6),
     )
     for run in runs:
-        counted = f"{run.prompt_tokens} tokens in, {run.output_tokens} out"
+        come_in = "tokens in not told" if run.prompt_tokens is None else f"{run.prompt_tokens} tokens in"
+        counted = f"{come_in}, {run.output_tokens} out"
         fewer = f" of {run.asked_tokens} asked for" if run.output_tokens < run.asked_tokens else ""
         print(f"{unit} {run.load:g}: {counted}{fewer}")
         for error, count in run.errors.items():
