@@ -312,7 +312,7 @@ def test_swap_files_that_cannot_be_written_lose_nothing(tiny_model: Path, tmp_pa
 def test_a_neighbour_whose_logits_are_no_numbers_fails_alone(tmp_path: Path) -> None:
     neighbours = [{"prompt": f"client {n}", "max_tokens": 1500, "temperature": 1, "seed": n} for n in range(3)]
     with serving(write_poisoned_model(tmp_path / "poisoned.gguf", "~"), *SMALL) as server:
-        # The model cannot be told to leave the character out, so nobody may sample it.
+        # Nobody may come to it by chance.
         bias = {str(server.post("/tokenize", {"prompt": "~"}).json()["tokens"][0]): -100}
         neighbours = [{**body, "logit_bias": bias} for body in neighbours]
         with ThreadPoolExecutor(3) as pool:
@@ -320,14 +320,14 @@ def test_a_neighbour_whose_logits_are_no_numbers_fails_alone(tmp_path: Path) -> 
             answers = [pool.submit(text_of, server, **body) for body in neighbours]
             server.until(lambda: server.metric("vllm:num_requests_running") == 3, "the neighbours run")
             for path, body in (
-                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5}),
-                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5, "stream": True}),
-                ("/v1/embeddings", {"input": "sun~rain"}),
+                ("/v1/completions", {"prompt": "rain~", "max_tokens": 5}),
+                ("/v1/completions", {"prompt": "rain~", "max_tokens": 5, "stream": True}),
+                ("/v1/embeddings", {"input": "rain~"}),
             ):
                 failed = server.post(path, body)
                 assert failed.status_code == 500
                 assert "NaN" in failed.json()["error"]["message"]
-                assert "Embed token_embedding" in failed.json()["error"]["message"]
+                assert "Embed embedding" in failed.json()["error"]["message"]
             assert [answer.result() for answer in answers] == expected
         assert server.metric("vllm:request_success_total", finished_reason="error") == 3
         assert server.metric("tokenmill:engine_deaths_total") == 0
