@@ -296,8 +296,8 @@ def test_a_log_on_a_full_disk_stops_nothing(tiny_model: Path) -> None:
 
 def test_swap_files_that_cannot_be_written_lose_nothing(tiny_model: Path, tmp_path: Path) -> None:
     requests = [{"prompt": f"client {n}", "max_tokens": 900, "temperature": 1, "seed": n} for n in range(8)]
-    with serving(tiny_model, *SMALL) as roomy:
-        expected = [text_of(roomy, **body) for body in requests]
+    with serving(tiny_model, *SMALL) as roomy, ThreadPoolExecutor(8) as pool:
+        expected = list(pool.map(lambda body: text_of(roomy, **body), requests))
     with serving(tiny_model, *SMALL, "--memory", "43MB", "--swap-space", "1GB") as server:
         # A disk that takes no more: the engine's files, unlike its pipes and sockets, have a limit now.
         resource.prlimit(server.engine_pid(), resource.RLIMIT_FSIZE, (4096, 4096))
@@ -310,23 +310,24 @@ def test_swap_files_that_cannot_be_written_lose_nothing(tiny_model: Path, tmp_pa
 
 
 def test_a_neighbour_whose_logits_are_no_numbers_fails_alone(tmp_path: Path) -> None:
-    neighbours = [{"prompt": f"client {n}", "max_tokens": 200, "temperature": 1, "seed": n} for n in range(3)]
+    neighbours = [{"prompt": f"client {n}", "max_tokens": 1500, "temperature": 1, "seed": n} for n in range(3)]
     with serving(write_poisoned_model(tmp_path / "poisoned.gguf", "~"), *SMALL) as server:
-        # The model cannot be told to leave the character out, so nobody may sample it.
+        # Nobody may come to it by chance.
         bias = {str(server.post("/tokenize", {"prompt": "~"}).json()["tokens"][0]): -100}
-        expected = [text_of(server, **body, logit_bias=bias) for body in neighbours]
-        with ThreadPoolExecutor(8) as pool:
-            answers = [pool.submit(text_of, server, **body, logit_bias=bias) for body in neighbours]
+        neighbours = [{**body, "logit_bias": bias} for body in neighbours]
+        with ThreadPoolExecutor(3) as pool:
+            expected = list(pool.map(lambda body: text_of(server, **body), neighbours))
+            answers = [pool.submit(text_of, server, **body) for body in neighbours]
             server.until(lambda: server.metric("vllm:num_requests_running") == 3, "the neighbours run")
             for path, body in (
-                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5}),
-                ("/v1/completions", {"prompt": "sun~rain", "max_tokens": 5, "stream": True}),
-                ("/v1/embeddings", {"input": "sun~rain"}),
+                ("/v1/completions", {"prompt": "rain~", "max_tokens": 5}),
+                ("/v1/completions", {"prompt": "rain~", "max_tokens": 5, "stream": True}),
+                ("/v1/embeddings", {"input": "rain~"}),
             ):
                 failed = server.post(path, body)
                 assert failed.status_code == 500
                 assert "NaN" in failed.json()["error"]["message"]
-                assert "Embed token_embedding" in failed.json()["error"]["message"]
+                assert "Embed embedding" in failed.json()["error"]["message"]
             assert [answer.result() for answer in answers] == expected
         assert server.metric("vllm:request_success_total", finished_reason="error") == 3
         assert server.metric("tokenmill:engine_deaths_total") == 0

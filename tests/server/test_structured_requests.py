@@ -150,6 +150,16 @@ def test_hostile_forms_end_their_own_requests_only(server: RunningServer) -> Non
     assert server.metric("tokenmill:engine_deaths_total") == 0
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_form_that_is_refused_is_not_quoted_in_the_log(server: RunningServer, streamed: bool) -> None:
+    body = {"prompt": "x", "stream": streamed, "structured_outputs": {"regex": "private("}}
+    headers = {"x-request-id": f"refused-{streamed}"}
+    assert server.post("/v1/completions", body, headers=headers).status_code == 400
+    server.until(lambda: any(f"refused-{streamed}" in line for line in server.log), "the request is logged")
+    assert any("invalid request" in line for line in server.log if f"refused-{streamed}" in line)
+    assert not any("private" in line for line in server.log)
+
+
 def test_bad_words_and_allowed_tokens(server: RunningServer) -> None:
     plain = server.complete("the rain", max_tokens=8).json()["choices"][0]["text"]
     banned = next(character for character in plain if character.isascii() and character.isalnum())

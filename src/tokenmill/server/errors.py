@@ -103,6 +103,14 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError("an internal error; the server's log has it", 500)
 
 
+def log_text(error: Exception) -> str:
+    """What the log says of ``error``. A client's mistake may quote its prompt, so only the kind of it is told."""
+    told = as_api_error(error)
+    if told.status >= 500 or isinstance(error, StoppedError):
+        return told.message
+    return f"{told.code or 'invalid request'} {told.param or ''}".strip()
+
+
 def error_body(error: ApiError, path: str) -> dict[str, Any]:
     """The body for ``error`` on the route ``path``; also what a stream carries."""
     if is_anthropic(path):
@@ -128,9 +136,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def handle(request: Request, error: Exception) -> Response:
         told = as_api_error(error)
-        # A client's mistake may quote its prompt; the log gets the kind of it only.
-        mistake = f"{told.code or 'invalid request'} {told.param or ''}".strip()
-        request.state.record.error = told.message if told.status >= 500 else mistake
+        request.state.record.error = log_text(error)
         if told.status == 500 and not isinstance(error, EngineError):
             log.error("request failed", exc_info=error)
         return error_response(told, request.url.path)

@@ -26,7 +26,7 @@ from tokenmill.engine.messages import (
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChunk
 from tokenmill.engine.process import EngineProcess
 from tokenmill.program.step import Int32
-from tokenmill.server.errors import RequestError, StoppedError
+from tokenmill.server.errors import RequestError, StoppedError, log_text
 from tokenmill.server.metrics import Metrics
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.tokenizer import Tokenizer
@@ -128,7 +128,7 @@ class Generation:
                 if merged or not events:
                     yield [Piece(self._numbers[key[0]], chunk) for key, chunk in merged.items()]
         except EngineError as error:
-            self.record.error = str(error)
+            self.record.error = log_text(error)
             self._metrics.outputs_lost("abort" if isinstance(error, StoppedError) else "error", len(self._open))
             raise
         finally:
