@@ -79,6 +79,12 @@ class Interference:
     """Between two tokens of a stream; the same for all, which decode in every step."""
     steps: list[StepRecord]
 
+    def __str__(self) -> str:
+        return (
+            f"first token after {self.first_token:.2f} s; gaps p50 {1e3 * self.gaps.p50:.0f}, p99 "
+            f"{1e3 * self.gaps.p99:.0f} ms in {len(self.steps)} steps"
+        )
+
 
 def long_prompt(given: argparse.Namespace) -> None:
     with core_of(
@@ -94,16 +100,13 @@ def long_prompt(given: argparse.Namespace) -> None:
         prompts = iter(random_prompts(2 * given.rounds, given.prompt_tokens, vocab_size, seed=1))
         for _ in range(given.rounds):
             split = interfere(core, given.streams, next(prompts))
+            if given.trace:
+                trace(split.steps)
+            print(f"split: {split}", flush=True)
             core.scheduler.limits = replace(limits, step_target=None)
             whole = interfere(core, given.streams, next(prompts))
             core.scheduler.limits = limits
-            if given.trace:
-                trace(split.steps)
-            for name, run in (("split", split), ("whole", whole)):
-                print(
-                    f"{name}: first token after {run.first_token:.2f} s; gaps p50 {1e3 * run.gaps.p50:.0f}, p99 "
-                    f"{1e3 * run.gaps.p99:.0f} ms in {len(run.steps)} steps"
-                )
+            print(f"whole: {whole}")
             print(
                 f"p99 gap {split.gaps.p99 / given.step_target:.2f} targets; first token split / whole "
                 f"{split.first_token / whole.first_token:.2f}; p99 gap whole / split "

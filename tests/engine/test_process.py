@@ -108,31 +108,6 @@ def test_an_engine_that_hears_nonsense_ends_instead_of_hearing_nothing_more(tiny
     assert len(deaths) == 1
 
 
-def test_an_engine_that_cannot_be_followed_is_replaced(tiny: tuple[Path, EngineConfig]) -> None:
-    """A fault of the front process while it takes events in: nobody waits for ever behind a state that says running."""
-    deaths: list[str] = []
-
-    def stumble(_: EngineReport) -> None:
-        if not deaths:
-            raise ZeroDivisionError("a bad metric")
-
-    async def run() -> None:
-        engine = EngineProcess(tiny[1], tiny[0], on_report=stumble, on_death=deaths.append)
-        await engine.start()
-        try:
-            stream = engine.submit([request(engine, 2000)])
-            with pytest.raises(EngineDeadError, match="ZeroDivisionError: a bad metric"):
-                await until_finished(stream)
-            await until(lambda: engine.state is EngineState.RUNNING)
-            events = await until_finished(engine.submit([request(engine)]))
-            assert isinstance(events[-1], Finished)
-        finally:
-            await engine.close()
-
-    asyncio.run(asyncio.wait_for(run(), 240))
-    assert len(deaths) == 1
-
-
 def test_a_refused_request_hears_of_it(tiny: tuple[Path, EngineConfig]) -> None:
     async def use(engine: EngineProcess) -> None:
         empty = AddRequest(engine.new_request_id(), np.zeros(0, np.int32), SamplingParams(seed=0))

@@ -120,7 +120,7 @@ class Sequence:
 
     def longest(self, context: int) -> int:
         """Most tokens that it can come to in a context of so many."""
-        most = self.request.params.max_tokens
+        most = self.request.params.max_tokens if self.request.generates else 0
         return context if most is None else min(self.prompt_length + most, context)
 
     def twin(self, index: int) -> Sequence:

@@ -23,7 +23,7 @@ _LEAST_PROMPT = 8
 _OVERHEAD = 0.25
 """Share of a step that decodes and reading the context again may take before the step grows."""
 _LONGEST = 1.9
-"""Targets that all but one in a hundred of such steps stay below, and ..."""
+"""Targets (two, with a little to spare) that all but one in a hundred of such steps stay below, and ..."""
 _DEVIATIONS = 2.33
 """... standard deviations that these are above the mean."""
 _ALONE = 4.0
