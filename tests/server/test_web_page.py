@@ -175,7 +175,7 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
     answer = page.answers.locator(".body")
     tags = answer.evaluate("body => [...new Set([...body.querySelectorAll('*')].map(e => e.localName))].sort()")
     assert " ".join(tags) == (
-        "a button code div em figcaption figure h3 li ol p pre span strong table tbody td th thead tr ul"
+        "a button code div em figcaption figure h2 li ol p pre span strong table tbody td th thead tr ul"
     )
     attributes = "body => [...body.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).sort()"
     assert not [name for name in answer.evaluate(attributes) if name.startswith("on") or name in ("style", "src")]
@@ -186,7 +186,7 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
     }
     assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
     assert answer.locator("pre").inner_text() == "<script>window.hacked = 9</script> &amp;"
-    assert answer.locator("h3").inner_text() == "A heading & <b>tag</b>"
+    assert answer.locator("h2").inner_text() == "A heading & <b>tag</b>"
     assert '<img src=x onerror="window.hacked = 1">' in answer.inner_text()
     page.open()
     page.button("attack").click()  # from the store too
