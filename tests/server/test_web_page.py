@@ -194,6 +194,19 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
     assert page.page.evaluate("window.hacked") is None
 
 
+def test_reasoning_is_shown_apart_and_not_sent_back(server: RunningServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    page.reply, page.reasoning = "It is 4.", "2 + 2 <b>is</b>"
+    page.say("2 + 2?")
+    assert page.until_answered() == "It is 4."
+    assert page.answers.locator(".body").inner_text() == "It is 4."
+    page.answers.get_by_text("Reasoning").click()
+    page.answers.get_by_text("2 + 2 <b>is</b>").wait_for()
+    page.say("Sure?")
+    page.until_answered()
+    assert page.asked[1]["messages"][1] == {"role": "assistant", "content": "It is 4."}
+
+
 def test_the_security_policy_holds_even_for_the_page_itself(server: RunningServer, open_page: OpenPage) -> None:
     page = open_page(server)
     refused = page.page.evaluate(
