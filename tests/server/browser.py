@@ -57,7 +57,8 @@ class WebPage:
         self.extra: dict[str, Any] = {}
         """Added to those requests on their way; unless there is a limit, answers end after a few tokens."""
         self.reply: str | None = None
-        """Given in place of the model's answer, a few characters an event."""
+        """Given in place of the model's answer, a few characters an event, after ``reasoning``."""
+        self.reasoning = ""
         self.page.on("console", self._note)
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self._check_host)
@@ -136,6 +137,7 @@ class WebPage:
             route.continue_(post_data=json.dumps({"max_tokens": 12, **body, **self.extra}))
             return
         pieces = [self.reply[at : at + 7] for at in range(0, len(self.reply), 7)]
-        choices = [{"index": 0, "delta": {"content": piece}, "finish_reason": None} for piece in pieces]
+        deltas = [{"reasoning": self.reasoning}, *({"content": piece} for piece in pieces)]
+        choices = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
         events = [json.dumps({"choices": [choice]}) for choice in choices] + ["[DONE]"]
         route.fulfill(content_type="text/event-stream", body="".join(f"data: {event}\n\n" for event in events))

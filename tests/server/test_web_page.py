@@ -37,26 +37,26 @@ HOSTILE = """# A *heading* & <b>tag</b>
 
 
 def test_an_answer_appears_while_it_is_made_and_is_what_the_model_says(
-    server: RunningServer, open_page: OpenPage
+    real_server: RunningServer, open_page: OpenPage
 ) -> None:
-    page = open_page(server)
-    page.page.get_by_role("heading", name="Talk to tiny").wait_for()
-    page.set(Temperature="0", Longest_answer="150")
+    page = open_page(real_server)
+    page.page.get_by_role("heading", name="Talk to smollm2-135m").wait_for()
+    page.set(Temperature="0", Longest_answer="48")
     page.extra = {"ignore_eos": True}
     page.page.evaluate(
         """new MutationObserver(() => {
             const text = document.querySelector(".waits .body")?.textContent;
-            if (text) window.partial = text;
+            if (text) window.partial ??= text;
         }).observe(document.getElementById("messages"), { childList: true, subtree: true })"""
     )
     page.say("hello there")
     text = page.until_answered()
     body = {**page.asked[0], "stream": False, "stream_options": None, "ignore_eos": True}
-    assert text == server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
+    assert text == real_server.post("/v1/chat/completions", body).json()["choices"][0]["message"]["content"]
     partial = page.page.evaluate("window.partial")
     assert 0 < len(partial) < len(page.answers.locator(".body").inner_text())
-    assert "150 tokens" in page.answers.inner_text()
-    assert page.page.get_by_role("status").inner_text() == text  # what a screen reader says
+    assert "48 tokens" in page.answers.inner_text()
+    assert page.page.get_by_role("status").text_content() == text  # what a screen reader says
 
 
 def test_stop_keeps_what_has_come_and_takes_the_request_out_of_the_engine(
@@ -175,7 +175,7 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
     answer = page.answers.locator(".body")
     tags = answer.evaluate("body => [...new Set([...body.querySelectorAll('*')].map(e => e.localName))].sort()")
     assert " ".join(tags) == (
-        "a button code div em figcaption figure h3 li ol p pre span strong table tbody td th thead tr ul"
+        "a button code div em figcaption figure h2 li ol p pre span strong table tbody td th thead tr ul"
     )
     attributes = "body => [...body.querySelectorAll('*')].flatMap(e => e.getAttributeNames()).sort()"
     assert not [name for name in answer.evaluate(attributes) if name.startswith("on") or name in ("style", "src")]
@@ -186,12 +186,25 @@ def test_what_a_model_writes_stays_text(server: RunningServer, open_page: OpenPa
     }
     assert {link.get_attribute("rel") for link in links.all()} == {"noopener noreferrer"}
     assert answer.locator("pre").inner_text() == "<script>window.hacked = 9</script> &amp;"
-    assert answer.locator("h3").inner_text() == "A heading & <b>tag</b>"
+    assert answer.locator("h2").inner_text() == "A heading & <b>tag</b>"
     assert '<img src=x onerror="window.hacked = 1">' in answer.inner_text()
     page.open()
     page.button("attack").click()  # from the store too
     answer.locator("pre").wait_for()
     assert page.page.evaluate("window.hacked") is None
+
+
+def test_reasoning_is_shown_apart_and_not_sent_back(server: RunningServer, open_page: OpenPage) -> None:
+    page = open_page(server)
+    page.reply, page.reasoning = "It is 4.", "2 + 2 <b>is</b>"
+    page.say("2 + 2?")
+    assert page.until_answered() == "It is 4."
+    assert page.answers.locator(".body").inner_text() == "It is 4."
+    page.answers.get_by_text("Reasoning").click()
+    page.answers.get_by_text("2 + 2 <b>is</b>").wait_for()
+    page.say("Sure?")
+    page.until_answered()
+    assert page.asked[1]["messages"][1] == {"role": "assistant", "content": "It is 4."}
 
 
 def test_the_security_policy_holds_even_for_the_page_itself(server: RunningServer, open_page: OpenPage) -> None:

@@ -36,10 +36,13 @@ async function follow(message, response, begin, changed) {
   let reason = null;
   for await (const event of events(response)) {
     const [choice] = event.choices;
-    if (choice?.delta?.content) {
+    const content = choice?.delta?.content ?? "";
+    const reasoning = choice?.delta?.reasoning ?? "";
+    if (content || reasoning) {
       last = performance.now();
       first ??= last;
-      message.content += choice.delta.content;
+      message.content += content;
+      message.reasoning = (message.reasoning ?? "") + reasoning;
       changed();
     }
     reason = choice?.finish_reason ?? reason;

@@ -17,8 +17,8 @@ export class EngineView {
       new Steps(),
       new Pages(),
       new Requests(),
-      new Latency("first_token", "Time to first token", "answers"),
-      new Latency("between_tokens", "Time between tokens", "tokens"),
+      new Latency("first_token", "Time to first token", "answer"),
+      new Latency("between_tokens", "Time between tokens", "token"),
       new Memory(),
     ];
     byId("charts").append(...this.#charts.map((chart) => chart.node));

@@ -215,7 +215,7 @@ export class Latency extends Plot {
     const when = found.lately ? "last minute" : "since the start";
     const [half, most95, most99] = [0.5, 0.95, 0.99].map((share) => seconds(quantile(found, share)));
     this.aside.textContent = found.count
-      ? `${when}, ${number(found.count)} ${this.#what}: half within ${half}, 95 % ${most95}, 99 % ${most99}`
+      ? `${when}, ${number(found.count)} ${this.#what}${found.count === 1 ? "" : "s"}: half within ${half}, 95 % ${most95}, 99 % ${most99}`
       : "none yet";
     this.picture.describe(this.aside.textContent);
   }

@@ -52,8 +52,8 @@ const plain = (token) => element("p", { class: "plain" }, token.raw);
 /** One node for a block. */
 function block(token) {
   switch (token.type) {
-    case "heading": // the page's own headings come first
-      return element(`h${Math.min(token.depth + 2, 6)}`, {}, ...inlines(token.tokens));
+    case "heading": // the page's own h1 comes first
+      return element(`h${Math.min(token.depth + 1, 6)}`, {}, ...inlines(token.tokens));
     case "paragraph":
       return element("p", {}, ...inlines(token.tokens));
     case "text":

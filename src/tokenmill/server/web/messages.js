@@ -5,7 +5,7 @@ import { element } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 
 /**
- * A message {role, content, ended, error, stats}. `actions` are `edit(text)` for what the user said and `again()` for an
+ * A message {role, content, reasoning, ended, error, stats}. `actions` are `edit(text)` for what the user said and `again()` for an
  * answer; either may be missing.
  */
 export class MessageView {
@@ -21,6 +21,7 @@ export class MessageView {
       this.#body,
       this.#foot,
     );
+    if (!user) this.node.prepend(this.#reasoning);
     this.#markdown = user ? null : new MarkdownView(this.#body);
     this.update();
   }
@@ -30,10 +31,14 @@ export class MessageView {
   #body;
   #foot;
   #markdown;
+  #thoughts = element("p", { class: "plain" });
+  #reasoning = element("details", { class: "reasoning" }, element("summary", {}, "Reasoning"), this.#thoughts);
 
   /** Shows what the message has become. */
   update() {
-    const { content, error, stats, ended } = this.#message;
+    const { content, reasoning, error, stats, ended } = this.#message;
+    this.#thoughts.textContent = reasoning ?? "";
+    this.#reasoning.hidden = !reasoning;
     if (this.#markdown) this.#markdown.update(content);
     else this.#body.textContent = content;
     const waits = this.#markdown !== null && !ended;
