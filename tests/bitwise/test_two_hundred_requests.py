@@ -83,7 +83,7 @@ def alone(model: Loaded) -> Outputs:
 
 
 def crowded(model: Loaded, swap: Path | None) -> EngineCore:
-    return make_core(model, pages=24, tokens=80, sequences=16, threads=2, caching=True, swap=swap)
+    return make_core(model, pages=20, tokens=80, sequences=16, threads=2, caching=True, swap=swap)
 
 
 def check(model: Loaded, expected: Outputs, swap: Path | None) -> None:
