@@ -1,6 +1,6 @@
 """Checks `tokenmill bench roofline` against loops that share nothing with it, in turn, and against the disassembly.
 
-    python benchmarks/roofline_check.py [--rounds 5] [--threads N]
+    python benchmarks/roofline_check.py [--rounds 12] [--threads N]
 
 Read bandwidth of memory beside a plain C++ sum, the int8 peak beside 16 accumulators in written assembly (x86-64 with
 AVX-512 VNNI): the best of all rounds each, since other tenants of a machine only make a limit look lower. Then the
@@ -65,9 +65,9 @@ def check_disassembly() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=_native.usable_cpu_count())
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each loop in each round")
+    parser.add_argument("--seconds", type=float, default=0.15, help="of each loop in each round")
     arguments = parser.parse_args()
     threads = arguments.threads
     ours: dict[str, list[float]] = {"read": [], "int8": []}
