@@ -76,10 +76,10 @@ void write(const KvLayer& cache, int32_t head_dim, int32_t kv_head, int32_t page
 // ---- scores --------------------------------------------------------------------------------------------------------
 
 // scores[row][token] = sum over d, ascending in one fma chain from zero, of q[row][d] * key[d][token], for one page.
-// Brings the lines at `ahead` (the page's values) into the cache on the way.
+// Brings the lines at `ahead` (the page's values) and `next` (the next page's keys) into the cache on the way.
 template <class Source, int kRows>
 void score_tile(const float* q, int32_t q_stride, const typename Source::Element* keys, int32_t head_dim, float* scores,
-                const uint8_t* ahead) {
+                const uint8_t* ahead, const uint8_t* next) {
   for (int32_t token = 0; token < kPageTokens; token += kLanes * kKeyVectors) {
     F32x16 sums[kRows][kKeyVectors];
 #pragma GCC unroll 8
@@ -90,6 +90,7 @@ void score_tile(const float* q, int32_t q_stride, const typename Source::Element
     const typename Source::Element* column = keys + token * head_dim;
     for (int32_t d = 0; d < head_dim; ++d, column += kLanes) {
       if (ahead != nullptr) prefetch(ahead + 64 * d);
+      if (next != nullptr) prefetch(next + 64 * d);
       F32x16 key[kKeyVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kKeyVectors; ++v) key[v] = Source::load16(column + v * head_dim * kLanes);
@@ -110,11 +111,11 @@ void score_tile(const float* q, int32_t q_stride, const typename Source::Element
 
 template <class Source, int kRows>
 TM_INLINE void score_rows(int rows, const float* q, int32_t q_stride, const typename Source::Element* keys,
-                          int32_t head_dim, float* scores, const uint8_t* ahead) {
+                          int32_t head_dim, float* scores, const uint8_t* ahead, const uint8_t* next) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return score_rows<Source, kRows - 1>(rows, q, q_stride, keys, head_dim, scores, ahead);
+    if (rows < kRows) return score_rows<Source, kRows - 1>(rows, q, q_stride, keys, head_dim, scores, ahead, next);
   }
-  score_tile<Source, kRows>(q, q_stride, keys, head_dim, scores, ahead);
+  score_tile<Source, kRows>(q, q_stride, keys, head_dim, scores, ahead, next);
 }
 
 // Turns the scores of slots [begin, end) of a span, counted from its start, into P = exp2(score - maximum), and
@@ -297,11 +298,13 @@ struct BlockRun {
     }
   }
 
-  void score_page(int32_t span, int32_t slot) {
+  void score_page(int32_t span, int32_t slot, int32_t to_slot) {
     int32_t begin, end;
     rows.that_see(slot, slot + kPageTokens, &begin, &end);
     const Element* keys = page(arguments.cache.keys, slot);
     const uint8_t* values = reinterpret_cast<const uint8_t*>(page(arguments.cache.values, slot));
+    const int32_t after = slot + kPageTokens;
+    const uint8_t* next = after < to_slot ? reinterpret_cast<const uint8_t*>(page(arguments.cache.keys, after)) : nullptr;
     const int32_t head_dim = arguments.head_dim;
     float* to = scores + (slot - span);
     const bool convert = sizeof(Element) < 4 && end - begin > kRowTile;
@@ -311,9 +314,10 @@ struct BlockRun {
     while (begin < end) {
       const int n = next_tile(begin, end);
       if (convert) {
-        score_rows<F32Elements, kRowTile>(n, q + begin * width, width, key_page, head_dim, to + begin * kSpanTokens, nullptr);
+        score_rows<F32Elements, kRowTile>(n, q + begin * width, width, key_page, head_dim, to + begin * kSpanTokens, nullptr, nullptr);
       } else {
-        score_rows<Source, kRowTile>(n, q + begin * width, width, keys, head_dim, to + begin * kSpanTokens, values);
+        score_rows<Source, kRowTile>(n, q + begin * width, width, keys, head_dim, to + begin * kSpanTokens, values, next);
+        next = nullptr;
       }
       begin += n;
     }
@@ -373,7 +377,7 @@ struct BlockRun {
     const int32_t from = rows.clip_first(begin, span) / kPageTokens * kPageTokens;
     const int32_t to = rows.clip_last(end - 1, span_end);
     const int32_t block_end = rows.slots[count - 1] + 1;
-    for (int32_t slot = from; slot < to; slot += kPageTokens) score_page(span, slot);
+    for (int32_t slot = from; slot < to; slot += kPageTokens) score_page(span, slot, to);
     for (int32_t r = begin; r < end; ++r) {
       float* result = results + r * record;
       clear_record(result, width);
