@@ -369,7 +369,8 @@ def test_without_a_key_the_page_says_so_and_asks_again(locked: RunningServer, op
     page = open_page(locked)
     page.button("Cancel").click()
     page.say("hello")
-    page.page.keyboard.press("Escape")  # leaves the dialog
+    page.page.get_by_role("dialog").wait_for()  # opens again once the server has refused
+    page.page.keyboard.press("Escape")
     page.page.get_by_role("alert").get_by_text("Without a key").wait_for()
     page.button("Try again").click()
     page.page.get_by_label("Key", exact=True).fill("alpha")
