@@ -34,6 +34,8 @@ SAMPLE_SECONDS = 1.0
 SLOPE_LIMIT = 1.0
 """MB a minute."""
 LEAVES = 1 / 3
+MOST_OPEN = 64
+"""Requests at once. A machine that is too slow for the rate would pile them up, which is memory too, but no leak."""
 PATIENCE = 900.0
 """Seconds for the next byte: on a busy machine an answer may take long, and that is not what this looks for."""
 
@@ -73,7 +75,9 @@ async def soak(url: str, pid: int, seconds: float, rate: float, rng: random.Rand
             if now >= sampled:
                 samples.append(((now - begin) / 60, *resident_mb(pid)))
                 sampled = now + SAMPLE_SECONDS
-            if now >= due:
+            if now >= due and len(tasks) == MOST_OPEN:
+                due = now + SAMPLE_SECONDS
+            elif now >= due:
                 task = asyncio.create_task(one_request(client, rng, ends))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,18 @@ def test_ids_equal_llama_cpp_on_random_texts(smollm2: Tokenizer) -> None:
         if smollm2.encode(text, add_special=False, parse_special=parse_special) != ids
     ]
     assert differences == []
+
+
+def test_decoding_every_token_keeps_few_of_them(smollm2_file: GgufFile) -> None:
+    """Or a server grows for days: each text brings tokens that none had before."""
+    tokenizer = load(smollm2_file.metadata)
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for token_id in range(tokenizer.vocab_size):
+        tokenizer.decode([token_id])
+    after, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 1_500_000  # all 49,152 take four times that
 
 
 def test_the_pre_tokenizer_decides_the_ids(smollm2_file: GgufFile, smollm2: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import os
 import signal
 import socket
@@ -84,9 +85,25 @@ async def _serve(
     try:
         server = _Server(_uvicorn_config(config, create_app(served)), served)
         server.on_started = lambda: on_ready(address_of(config, listener), served)
-        await server.serve([listener])
+        with _settled_heap():
+            await server.serve([listener])
     finally:
         await served.close()
+
+
+@contextlib.contextmanager
+def _settled_heap() -> Iterator[None]:
+    """Garbage collections leave alone what is there now, most of a server's objects.
+
+    A full one then takes no time, instead of the time of a step or two in which no stream gets its tokens, and comes
+    as often as requests leave cycles behind: the collector waits for them to be a quarter of what it looks through.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _uvicorn_config(config: ServerConfig, app: ASGIApp) -> uvicorn.Config:

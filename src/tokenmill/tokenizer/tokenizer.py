@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from tokenmill.errors import TokenmillError, UsageError
 from tokenmill.tokenizer.chat_template import ChatTemplateError, ChatTemplates
 from tokenmill.tokenizer.detokenizer import IncrementalDetokenizer
 from tokenmill.tokenizer.encoder import Encoder
+
+_TOKENS_KEPT = 4096
+"""Tokens whose bytes are at hand. Text consists of few tokens, most of the time; keeping all that ever came would have
+a server grow for days, by some 200 bytes a token."""
 
 
 class TokenizerError(TokenmillError):
@@ -51,7 +56,7 @@ class Tokenizer:
 
     def __init__(self, parts: TokenizerParts) -> None:
         self._parts = parts
-        self._bytes: dict[int, bytes] = {}
+        self._token_bytes = lru_cache(_TOKENS_KEPT)(parts.token_bytes)
 
     @property
     def vocab_size(self) -> int:
@@ -120,14 +125,9 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token, which need not be whole characters; control tokens give their text, ids that only
         pad the vocabulary give nothing. Raises ``TokenizerError`` for a negative id."""
-        data = self._bytes.get(token_id)
-        if data is None:
-            if token_id < 0:
-                raise TokenizerError(f"token id {token_id} is negative; ids lie in 0..{self.vocab_size - 1}")
-            if token_id >= self.vocab_size:
-                return b""
-            data = self._bytes[token_id] = self._parts.token_bytes(token_id)
-        return data
+        if token_id < 0:
+            raise TokenizerError(f"token id {token_id} is negative; ids lie in 0..{self.vocab_size - 1}")
+        return self._token_bytes(token_id) if token_id < self.vocab_size else b""
 
     def detokenizer(self, skip_special: bool = True, continues: bool = False) -> IncrementalDetokenizer:
         """A new incremental detokenizer. ``continues`` says that its ids continue a text (a completion after its
