@@ -177,6 +177,47 @@ def test_an_engine_that_dies_in_mid_step(tiny_model: Path, death: signal.Signals
         server.until_idle()
 
 
+def test_an_engine_that_hangs_fails_what_runs_and_is_started_again(tiny_model: Path) -> None:
+    with serving(tiny_model, *SMALL, "--watchdog-timeout", "2") as server, ThreadPoolExecutor() as pool:
+        expected = text_of(server, prompt="again", max_tokens=8)
+        with sent(server, {**LONG, "stream": True}) as connection:
+            first = connection.recv(1000)
+            engine = server.engine_pid()
+            os.kill(engine, signal.SIGSTOP)
+            whole = pool.submit(server.post, "/v1/completions", LONG)  # the engine never hears of it
+            server.until(lambda: server.get("/health").status_code == 503, "health says so")
+            data = first + read_all(connection)
+        assert data.startswith(b"HTTP/1.1 200")
+        assert b'data: {"error":{"message":"the request was lost: the engine hung' in data
+        assert b"[DONE]" in data
+        answer = whole.result()
+        assert answer.status_code in (500, 503)
+        assert "the engine hung: no step and no answer for 2 s" in answer.json()["error"]["message"]
+        server.until(lambda: server.get("/health").status_code == 200, "the engine is back")
+        assert not Path(f"/proc/{engine}").exists()
+        assert text_of(server, prompt="again", max_tokens=8) == expected
+        os.kill(server.engine_pid(), signal.SIGSTOP)  # while it has nothing to do
+        server.until(lambda: server.metric("tokenmill:engine_deaths_total") == 2, "it is missed without a request")
+        server.until(lambda: server.get("/health").status_code == 200, "the engine is back again")
+        assert text_of(server, prompt="again", max_tokens=8) == expected
+
+
+def test_an_engine_that_is_slow_but_gets_on_is_left_alone(tiny_model: Path) -> None:
+    with serving(tiny_model, *SMALL, "--watchdog-timeout", "4") as server, sent(server, LONG) as connection:
+        server.until(lambda: server.metric("vllm:num_requests_running") == 1, "it runs")
+        engine = server.engine_pid()
+        for _ in range(14):  # seven seconds without a step, but never four in a row
+            os.kill(engine, signal.SIGSTOP)
+            time.sleep(0.5)
+            os.kill(engine, signal.SIGCONT)
+            time.sleep(0.05)
+        data = read_all(connection)
+        assert data.startswith(b"HTTP/1.1 200")
+        assert b'"finish_reason":"length"' in data
+        assert server.engine_pid() == engine
+        assert server.metric("tokenmill:engine_deaths_total") == 0
+
+
 def test_health_is_503_while_there_is_no_engine(tiny_model: Path, tmp_path: Path) -> None:
     original = tiny_model.read_bytes()
     own_model = tmp_path / "own.gguf"
@@ -210,6 +251,7 @@ def test_sigterm_lets_running_requests_finish(tiny_model: Path) -> None:
         assert server.process.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             server.get("/health")
+    assert not any("leaked" in line for line in server.log)  # native objects that the interpreter's end has missed
 
 
 def test_sigterm_under_load_finishes_what_runs_and_what_waits(tiny_model: Path) -> None:

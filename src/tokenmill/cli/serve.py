@@ -59,6 +59,9 @@ def serve(
         int, typer.Option("--max-queued-requests", help="More waiting outputs than this get 503.")
     ] = 1024,
     max_body_size: Annotated[str, typer.Option("--max-body-size", help="Largest request body.")] = "16MiB",
+    watchdog_timeout: Annotated[
+        float, typer.Option("--watchdog-timeout", help="Seconds without a step after which the engine is restarted.")
+    ] = 300.0,
     shutdown_timeout: Annotated[
         float, typer.Option("--shutdown-timeout", help="Seconds for running requests after SIGTERM.")
     ] = 30.0,
@@ -105,6 +108,7 @@ def serve(
         pooling=Pooling(pooling),
         max_queued_requests=max_queued_requests,
         max_body_bytes=parse_size(max_body_size),
+        watchdog_seconds=watchdog_timeout,
         shutdown_seconds=shutdown_timeout,
         cors_origins=tuple(cors_origin or ()),
         ssl_certfile=ssl_certfile,

@@ -1,7 +1,8 @@
 """An engine in a child process, driven from asyncio.
 
 A native crash or the kernel's out-of-memory killer takes the child, not the server: requests in flight fail at once
-with the reason, and the child is started again, waiting longer after each failure in a row.
+with the reason, and the child is started again, waiting longer after each failure in a row. A child that lives but
+does not get on is killed, and treated the same.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import signal
 import socket
@@ -36,6 +38,7 @@ from tokenmill.engine.wire import (
     EngineReady,
     EngineReport,
     LoadModel,
+    Ping,
     ResetPrefixCache,
     ToEngine,
     decode_body,
@@ -49,6 +52,8 @@ LONGEST_DELAY = 30.0
 HEALTHY_SECONDS = 60.0
 """An engine that lived this long has earned the first delay again."""
 _EXIT_SECONDS = 5.0
+_LOOKS = 8
+"""Times that the engine is looked at, and found silent, before it is taken to hang."""
 
 
 class EngineStartError(TokenmillError):
@@ -114,8 +119,9 @@ class EventStream:
 class EngineProcess:
     """Starts, drives and restarts the engine's process. All methods belong to one event loop.
 
-    ``on_report`` is called with the engine's state after every step, ``on_death`` with the reason when it ends unasked,
-    ``on_restart`` when the next one is ready.
+    An engine that finishes no step and answers nothing for ``patience`` seconds is killed. Loading the model may take
+    any time. ``on_report`` is called with the engine's state after every step, ``on_death``
+    with the reason when it ends unasked, ``on_restart`` when the next one is ready.
     """
 
     def __init__(
@@ -123,12 +129,14 @@ class EngineProcess:
         config: EngineConfig,
         path: Path,
         *,
+        patience: float = math.inf,
         on_report: Callable[[EngineReport], None] = lambda _: None,
         on_death: Callable[[str], None] = lambda _: None,
         on_restart: Callable[[EngineReady], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._path = path
+        self._patience = patience
         self._on_report = on_report
         self._on_death = on_death
         self._on_restart = on_restart
@@ -145,6 +153,8 @@ class EngineProcess:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
+        self._frames = 0
+        """Frames that engines have sent."""
 
     # ---- lifetime --------------------------------------------------------------------------------------------------
 
@@ -268,18 +278,42 @@ class EngineProcess:
                     self._die(f"the engine could not be started again: {error}")
 
     async def _deliver_until_death(self) -> str | None:
-        """Hands events out until the connection ends. The reason, if the engine gave one."""
-        while (messages := await self._receive()) is not None:
-            now = time.monotonic()
-            for message in messages:
-                if isinstance(message, EngineReport):
-                    self.report = message
-                    self._on_report(message)
-                elif isinstance(message, EngineFailed):
-                    return message.error
-                elif not isinstance(message, EngineReady):
-                    self._deliver(now, message)
-        return None
+        """Hands events out until the connection ends. The reason, if the engine gave one or was too long silent."""
+        watchdog = asyncio.create_task(self._watch(), name="engine watchdog")
+        try:
+            while (messages := await self._receive()) is not None:
+                now = time.monotonic()
+                self._frames += 1
+                for message in messages:
+                    if isinstance(message, EngineReport):
+                        self.report = message
+                        self._on_report(message)
+                    elif isinstance(message, EngineFailed):
+                        return message.error
+                    elif not isinstance(message, EngineReady):
+                        self._deliver(now, message)
+            return watchdog.result() if watchdog.done() else None
+        finally:
+            watchdog.cancel()
+
+    async def _watch(self) -> str:
+        """Kills the engine if it is silent for too long, and says so.
+
+        A busy engine sends a frame after each step, an idle one is asked for it. Silence is counted in looks: while
+        this process is held up itself, it does not grow.
+        """
+        silent, seen = 0, self._frames
+        while silent < _LOOKS:
+            if silent == 0:
+                self._send(Ping())
+            await asyncio.sleep(self._patience / _LOOKS)
+            silent, seen = (silent + 1 if self._frames == seen else 0), self._frames
+        assert self._process is not None
+        assert self._writer is not None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._writer.transport.abort()  # its end would come by itself, but not while the kernel holds the process
+        return f"the engine hung: no step and no answer for {self._patience:g} s"
 
     def _deliver(self, now: float, event: Event) -> None:
         stream, left = self._streams.get(event.request_id, (None, 0))

@@ -42,6 +42,11 @@ class ResetPrefixCache:
 
 
 @dataclass(frozen=True, slots=True)
+class Ping:
+    """Asks for a report, which comes between two steps: whoever hangs does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and requests may come."""
 
@@ -83,7 +88,7 @@ class EngineReport:
     """What ran since the last report."""
 
 
-ToEngine = LoadModel | AddRequest | AbortRequest | ResetPrefixCache
+ToEngine = LoadModel | AddRequest | AbortRequest | ResetPrefixCache | Ping
 FromEngine = EngineReady | EngineFailed | EngineReport | PromptScored | Embedded | TokenOutput | Finished | Failed
 
 _CLASSES: tuple[type[Any], ...] = (
@@ -91,6 +96,7 @@ _CLASSES: tuple[type[Any], ...] = (
     AddRequest,
     AbortRequest,
     ResetPrefixCache,
+    Ping,
     EngineReady,
     EngineFailed,
     EngineReport,

@@ -29,13 +29,15 @@ from tokenmill.engine.wire import (
     EngineReport,
     FromEngine,
     LoadModel,
+    Ping,
     ResetPrefixCache,
     decode_body,
     encode_frame,
 )
 from tokenmill.errors import TokenmillError
 
-_Inbox = queue.SimpleQueue[AddRequest | AbortRequest | ResetPrefixCache]
+_Message = AddRequest | AbortRequest | ResetPrefixCache | Ping
+_Inbox = queue.SimpleQueue[_Message]
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def _serve(connection: socket.socket, core: EngineCore, inbox: _Inbox) -> None:
         for message in _waiting_messages(inbox, block=not core.busy):
             if isinstance(message, ResetPrefixCache):
                 core.cache.reset()
-            else:
+            elif not isinstance(message, Ping):  # the report that follows is what it asks for
                 events += core.handle(message)
         steps = core.statistics.steps
         if core.busy:
@@ -81,7 +83,7 @@ def _serve(connection: socket.socket, core: EngineCore, inbox: _Inbox) -> None:
         _send(connection, [*events, _report(core, steps)])
 
 
-def _waiting_messages(inbox: _Inbox, *, block: bool) -> Iterator[AddRequest | AbortRequest | ResetPrefixCache]:
+def _waiting_messages(inbox: _Inbox, *, block: bool) -> Iterator[_Message]:
     if block:
         yield inbox.get()
     while True:
@@ -95,7 +97,7 @@ def _receive(messages: Iterator[object], inbox: _Inbox) -> None:
     """Runs beside the steps. When the front process goes, so does this one, in the middle of a step if need be."""
     try:
         for message in messages:
-            assert isinstance(message, AddRequest | AbortRequest | ResetPrefixCache)
+            assert isinstance(message, _Message)
             inbox.put(message)
     except Exception:  # an engine that hears nothing any more must not look alive
         traceback.print_exc()

@@ -37,6 +37,8 @@ class ServerConfig:
     max_queued_requests: int = 1024
     """Outputs that may wait for a place beside the running ones; more are refused with 503."""
     max_body_bytes: int = 16 << 20
+    watchdog_seconds: float = 300.0
+    """An engine that gets nowhere for so long is taken to hang, killed and started again; 0 waits without end."""
     shutdown_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
     keep_alive_seconds: float = 15.0
@@ -57,6 +59,7 @@ class ServerConfig:
             ("--port", self.port, 0, 65535),
             ("--max-queued-requests", self.max_queued_requests, 0, 1_000_000),
             ("--max-body-size", self.max_body_bytes, 1024, 1 << 30),
+            ("--watchdog-timeout", self.watchdog_seconds, 0, 86400),
             ("--shutdown-timeout", self.shutdown_seconds, 0, 86400),
         ):
             if not low <= value <= high:

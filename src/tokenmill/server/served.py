@@ -43,7 +43,12 @@ class ServedModel:
         self.active_requests = 0
         """HTTP requests that are being answered."""
         self.engine = EngineProcess(
-            engine_config, path, on_report=self._report_came, on_death=self._engine_died, on_restart=self._engine_came
+            engine_config,
+            path,
+            patience=config.watchdog_seconds or math.inf,
+            on_report=self._report_came,
+            on_death=self._engine_died,
+            on_restart=self._engine_came,
         )
         endpoint = config.otlp_traces_endpoint
         self.tracing = None if endpoint is None else Tracing(otlp_exporter(endpoint), config.names[0])
