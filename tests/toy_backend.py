@@ -27,6 +27,8 @@ class ToyBackend:
         # -1: never written. Stale contents of a reused page are left in place, as in a real cache.
         self.pages = [np.full((count, PAGE_TOKENS, 2), -1, dtype=np.int64) for count in kv_pages]
         self.steps: list[StepPlan] = []
+        self.outputs: list[tuple[str, ...]] = []
+        """What each step was asked for."""
         self.poisoned: set[int] = set()
         """Token ids whose rows give NaN."""
         self.fails: Exception | None = None
@@ -82,7 +84,9 @@ class ToyBackend:
                 if row in sampled:
                     rows[row] = self._logits(plan, tables, sequence, int(plan.slots[row]), int(plan.token_ids[row]))
         logits = np.stack([rows[row] for row in sorted(rows)]) if rows else np.zeros((0, self.vocab_size), np.float32)
-        return {"logits": logits, "hidden": logits[:, :8]}
+        self.outputs.append(tuple(outputs))
+        values = {"logits": logits, "hidden": logits[:, :8]}
+        return {name: values[name] for name in self.outputs[-1]}
 
     def _logits(self, plan: StepPlan, tables: np.ndarray, sequence: int, slot: int, token: int) -> Float32:
         if token in self.poisoned:

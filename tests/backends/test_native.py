@@ -15,7 +15,7 @@ from tokenmill.backends.backend import StepLimits
 from tokenmill.backends.native import NativeBackend
 from tokenmill.backends.torch import TorchBackend
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
-from tokenmill.program.ops import LinearGroup, Rope, Rows
+from tokenmill.program.ops import Attention, LinearGroup, Rope, Rows
 from tokenmill.program.step import SequenceStep, lay_plan
 
 LIMITS = StepLimits(tokens=640, sequences=6, sampled=640, context=1024)
@@ -230,6 +230,22 @@ def test_ranges_continue_one_another(cut):
     expected = native.run(plan)["logits"].copy()
     native.run(plan, 0, cut, outputs=())
     assert (native.run(plan, cut)["logits"] == expected).all()
+
+
+@pytest.mark.parametrize("name", ["hidden", "layers.0.residual"])
+def test_a_step_runs_no_further_than_its_outputs_and_its_keys_need(name):
+    native = backend(taps=["layers.0.residual"])
+    end = native.program.end_for([name])
+    rest = [value.name for op in native.program.ops[end:] for value in op.outputs()]
+    assert "logits" in rest
+    assert not any(isinstance(op, Attention) for op in native.program.ops[end:])
+    tables = Pool().table(100)
+    plan = lay_plan([part(IDS, 0, 60, tables)], 2)
+    expected = whole(backend(taps=[name]), IDS[:60], name=name)
+    assert (native.run(plan, outputs=[name])[name] == expected).all()
+    assert (native.run(plan, end)["logits"] == whole(backend(), IDS[:60])).all()  # nothing but the rest was missing
+    after = native.run(lay_plan([part(IDS, 60, 100, tables)], 2))["logits"]
+    assert (after == whole(backend(), IDS[:100])[60:]).all()
 
 
 def test_a_range_refuses_another_plans_values():

@@ -68,14 +68,14 @@ def test_vectors_equal_those_of_transformers(pooling: Pooling, chunk: int) -> No
 
 @pytest.mark.parametrize("pooling", Pooling)
 def test_a_vector_does_not_depend_on_chunks_neighbours_memory_or_cache(pooling: Pooling) -> None:
-    prompts = [[number % 2] * 64 + list(range(number, 30 + number)) for number in range(6)]
+    prompts = [[number % 3] * 64 + list(range(number, 30 + number)) for number in range(6)]
     wanted = [embed(number, prompt, pooling) for number, prompt in enumerate(prompts)]
     reference = {}
     for message in wanted:
         core, _ = make_core(caching=False, tokens=512)
         reference.update(vectors(run(core, [message])))
     # They rank before the embeddings, fill the cache with what these begin with, and grow at their expense.
-    writers = [request(100 + n, prompts[0][:40], SamplingParams(max_tokens=60, seed=n)) for n in range(3)]
+    writers = [request(100 + n, prompts[0][:40], SamplingParams(max_tokens=100, seed=n)) for n in range(3)]
     preempted = 0
     for pages, tokens in ((11, 9), (11, 24)):
         core, _ = make_core(pages=pages, tokens=tokens)
@@ -87,16 +87,31 @@ def test_a_vector_does_not_depend_on_chunks_neighbours_memory_or_cache(pooling: 
     assert preempted > 0
 
 
-@pytest.mark.parametrize(("pooling", "rows"), [(Pooling.LAST, 1), (Pooling.MEAN, 100)])
-def test_an_embedding_reads_nothing_from_the_cache_and_only_the_rows_it_needs(pooling: Pooling, rows: int) -> None:
+@pytest.mark.parametrize(("pooling", "rows", "cached"), [(Pooling.LAST, 1, 96), (Pooling.MEAN, 100, 0)])
+def test_an_embedding_computes_only_the_rows_it_needs(pooling: Pooling, rows: int, cached: int) -> None:
     core, backend = make_core()
-    run(core, [embed(0, [1] * 100, pooling)])
-    first = len(backend.steps)
-    (*_, finished) = run(core, [embed(1, [1] * 100, pooling)])
+    (first,) = vectors(run(core, [embed(0, [1] * 100, pooling)])).values()
+    steps = len(backend.steps)
+    events = run(core, [embed(1, [1] * 100, pooling)])
+    assert vectors(events)[1].tobytes() == first.tobytes()
+    finished = events[-1]
     assert isinstance(finished, Finished)
-    assert finished.timings.cached_tokens == 0
-    assert sum(plan.tokens for plan in backend.steps[first:]) == 100
-    assert sum(plan.sampled for plan in backend.steps[first:]) == rows
+    assert finished.timings.cached_tokens == cached
+    assert sum(plan.tokens for plan in backend.steps[steps:]) == 100 - cached
+    assert sum(plan.sampled for plan in backend.steps[steps:]) == rows
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_logits_are_computed_only_beside_somebody_who_reads_them(pooling: Pooling) -> None:
+    core, backend = make_core(tokens=16)
+    run(core, [embed(0, [1] * 40, pooling)])
+    assert {outputs for plan, outputs in zip(backend.steps, backend.outputs, strict=True) if plan.sampled} == {
+        ("hidden",)
+    }
+    backend.outputs.clear()
+    run(core, [embed(1, [2] * 40, pooling), request(2, [5, 6, 7], GREEDY)])
+    assert ("logits", "hidden") in backend.outputs
+    assert backend.outputs[-1] == ("logits",)
 
 
 def test_a_prompt_may_fill_the_context() -> None:

@@ -70,7 +70,8 @@ class Backend(Protocol):
     ) -> Mapping[str, Float32]:
         """Executes ops [first_op, last_op) and returns the named values.
 
-        Arrays are ``[rows, width]`` and valid until the next call. Values that a later range reads stay alive between
+        Without ``last_op`` as far as the outputs need, so that hidden rows cost no logits, and in any case all that
+        write keys and values; the whole program if no output is named. Arrays are ``[rows, width]`` and valid until the next call. Values that a later range reads stay alive between
         calls for the same plan. Raises KeyError for an unknown value and ValueError if the plan exceeds the limits.
         """
 

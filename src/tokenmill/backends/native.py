@@ -75,6 +75,7 @@ class NativeBackend:
         self._weights = weights
         self._matrices: dict[str, _native.Matrix] = {}
         self._ids: dict[str, int] = {}
+        self._ends: dict[tuple[str, ...], int] = {}
         self._outputs = {name: value for name, value in self.program.values().items() if name in keep}
         self._executor: _native.Executor | None = None
         executor = _native.Executor(
@@ -106,12 +107,12 @@ class NativeBackend:
         See :meth:`tokenmill.backends.backend.Backend.run`.
         """
         executor = self._open()
-        values = [(name, self._output(name)) for name in outputs]
-        executor.run(plan.buffer, first_op, len(self.program.ops) if last_op is None else last_op)
+        values = {name: self._output(name) for name in outputs}
+        executor.run(plan.buffer, first_op, self._end_for(tuple(values)) if last_op is None else last_op)
         tokens, sampled = plan.tokens, plan.sampled
         return {
             name: executor.value(self._ids[name], sampled if value.rows is Rows.SAMPLED else tokens)
-            for name, value in values
+            for name, value in values.items()
         }
 
     def run_timed(self, plan: StepPlan) -> list[float]:
@@ -183,6 +184,11 @@ class NativeBackend:
         if self._executor is None:
             raise ValueError("the backend is closed")
         return self._executor
+
+    def _end_for(self, outputs: tuple[str, ...]) -> int:
+        if outputs not in self._ends:
+            self._ends[outputs] = self.program.end_for(outputs)
+        return self._ends[outputs]
 
     def _output(self, name: str) -> Value:
         if name not in self._outputs:

@@ -148,6 +148,7 @@ class TorchBackend:
     ) -> Mapping[str, Float32]:
         """Executes ops [first_op, last_op) and returns the named values as fp32 ``[rows, width]``.
 
+        See :meth:`tokenmill.backends.backend.Backend.run`.
         A value lives until its last reader has run, in this call or a later one; a range that starts at op 0 begins
         anew. Raises KeyError for a value that is unknown or no longer alive, and ValueError for a plan that breaks
         the limits, names a token outside the vocabulary or reads a page that is not there.
@@ -158,7 +159,7 @@ class TorchBackend:
                 raise KeyError(f"the program has no value {name}")
         self._check_plan(plan)
         ops = self.program.ops
-        last_op = len(ops) if last_op is None else last_op
+        last_op = self.program.end_for(outputs) if last_op is None else last_op
         if not 0 <= first_op <= last_op <= len(ops):
             raise ValueError(f"ops [{first_op}, {last_op}) are not a range of the program's {len(ops)} ops")
         if first_op == 0:

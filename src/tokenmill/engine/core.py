@@ -183,16 +183,14 @@ class EngineCore:
         expected = self.scheduler.step_time.seconds(work)
         masks = self._start_masks(chunks)
         planned = self._clock()
-        pools = any(chunk.sequence.pool is not None for chunk in chunks)
-        values = self._backend.run(plan, outputs=("logits", HIDDEN) if pools else ("logits",))
-        logits = values["logits"]
+        values = self._backend.run(plan, outputs=_outputs(chunks))
         ran = self._clock()
         for chunk in chunks:
             self.scheduler.advance(chunk)
         self._look_at_prompts(chunks, plan, values, events)
         self._end_masks(masks, events)
         alive = [chunk for chunk in chunks if chunk.sequence.pages is not None]
-        sampled = self._sample(alive, chunks, plan, logits, events)
+        sampled = self._sample(alive, chunks, plan, values, events)
         end = self._clock()
         self.scheduler.observe(work, end - begin)
         self.statistics.preemptions = self.scheduler.preemptions
@@ -335,7 +333,12 @@ class EngineCore:
         return None if sequence.remaining else Embedded(sequence.request.request_id, pool.vector())
 
     def _sample(
-        self, alive: list[Chunk], chunks: list[Chunk], plan: StepPlan, logits: Float32, events: list[Event]
+        self,
+        alive: list[Chunk],
+        chunks: list[Chunk],
+        plan: StepPlan,
+        values: Mapping[str, Float32],
+        events: list[Event],
     ) -> int:
         """One token for every sequence whose last known token has run, and one for each fork of a finished prompt.
 
@@ -357,7 +360,7 @@ class EngineCore:
         if not sequences:
             return 0
         results = self._sampler.sample(
-            logits,
+            values["logits"],
             np.array([rows[s] for s in sequences], dtype=np.int32),
             [s.settings for s in sequences],
             [s.tokens for s in sequences],
@@ -549,6 +552,14 @@ class _BadRow:
 
     row: int
     status: int
+
+
+def _outputs(chunks: list[Chunk]) -> tuple[str, ...]:
+    """What a step is to give. Where all rows that are looked at are pooled, nobody needs logits, and none are made."""
+    pools = [chunk.sequence.pool is not None for chunk in chunks if chunk.scored]
+    pooled = (HIDDEN,) if any(pools) else ()
+    reads = any(chunk.samples for chunk in chunks) or not all(pools)
+    return ("logits", *pooled) if reads or not pooled else pooled
 
 
 _NOT_FINITE = 1

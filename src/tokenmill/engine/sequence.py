@@ -114,9 +114,10 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """Leading tokens that may come from the prefix cache: the last one's logits are needed, log-probabilities of
-        the prompt and embeddings may need the rows of all."""
-        return 0 if self.wanted_rows else self.length - 1
+        """Leading tokens that may come from the prefix cache: those before the first row that is still wanted, of all
+        rows for log-probabilities of the prompt or a mean of it, of the last one for all else."""
+        wanted = self.wanted_rows
+        return wanted.start if wanted else self.length - 1
 
     def longest(self, context: int) -> int:
         """Most tokens that it can come to in a context of so many."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 
 from tokenmill.program.kv import KvElement, KvGroupSpec
-from tokenmill.program.ops import ActivationFormat, LinearGroup, LinearPart, Op, Value
+from tokenmill.program.ops import ActivationFormat, Attention, LinearGroup, LinearPart, Op, Value
 
 Shape = tuple[int, ...]
 
@@ -32,6 +32,14 @@ class Program:
             for name in dict.fromkeys(value.name for value in op.inputs()):
                 readers.setdefault(name, []).append(index)
         return readers
+
+    def end_for(self, outputs: Iterable[str]) -> int:
+        """How many ops, from the first on, a step has to run for the values ``outputs`` and for all keys and values;
+        without any ``outputs`` the whole program. Raises KeyError for an unknown value."""
+        writes = [index + 1 for index, op in enumerate(self.ops) if isinstance(op, Attention)]
+        ends = {value.name: index + 1 for index, op in enumerate(self.ops) for value in op.outputs()}
+        wanted = [ends[name] for name in outputs]
+        return max(writes + wanted) if wanted else len(self.ops)
 
     def matrices(self) -> tuple[str, ...]:
         """Names of the weights that are matrices, in the order of first use."""
