@@ -135,17 +135,44 @@ def _ask_five_hundred_times(server: RunningServer) -> None:
 
 def test_a_full_queue_is_a_503_with_a_time_to_come_back(tiny_model: Path) -> None:
     with serving(tiny_model, *SMALL, "--max-queued-requests", "2") as server:
-        refused = server.complete(n=11)
-        assert refused.status_code == 503
-        assert int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"]["code"] == "overloaded"
+        never = server.complete(n=11)
+        assert never.status_code == 400
+        assert never.json()["error"]["param"] == "n"
+        assert "at most 10 outputs" in never.json()["error"]["message"]
         with sent(server, {**LONG, "n": 10, "temperature": 1}):
             server.until(lambda: len(server.get("/slots").json()) == 1, "it runs")
-            assert server.complete().status_code == 503
+            refused = server.complete()
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "overloaded"
             assert server.get("/health").status_code == 200
         server.until_idle()
         assert server.complete().status_code == 200
-        assert server.metric("vllm:admission_rejections_total") == 2
+        assert server.metric("vllm:admission_rejections_total") == 1
+
+
+def test_a_list_of_any_length_takes_few_places(tiny_model: Path) -> None:
+    prompts = [f"client {number}" for number in range(60)]
+    with serving(tiny_model, *SMALL, "--max-queued-requests", "4") as server, ThreadPoolExecutor() as pool:
+        expected = [text_of(server, prompt=prompt, max_tokens=20) for prompt in prompts]
+        vectors = [server.post("/v1/embeddings", {"input": prompt}).json()["data"][0] for prompt in prompts]
+        embedded = server.post("/v1/embeddings", {"input": prompts}).json()["data"]
+        assert [each["embedding"] for each in embedded] == [each["embedding"] for each in vectors]
+        body = {"prompt": prompts, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+        whole = pool.submit(server.post, "/v1/completions", {**body, "n": 2})
+        server.until(lambda: len(server.get("/slots").json()) == 1, "it runs")
+        most = 0.0
+        while not whole.done():
+            load = [server.metric(f"vllm:num_requests_{state}") for state in ("running", "waiting")]
+            most = max(most, sum(load))
+        assert most <= 12
+        texts = [choice["text"] for choice in whole.result().json()["choices"]]
+        assert texts == [text for text in expected for _ in range(2)]
+        assert [choice["text"] for choice in server.post("/v1/completions", body).json()["choices"]] == expected
+        with sent(server, {**body, "max_tokens": 1000}):  # a client that leaves takes what has not begun with it
+            server.until(lambda: server.metric("vllm:num_requests_running") > 0, "it runs")
+        server.until_idle()
+        assert server.metric("vllm:admission_rejections_total") == 0
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGSEGV], ids=lambda death: death.name)

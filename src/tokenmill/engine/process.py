@@ -73,7 +73,7 @@ class EngineState(Enum):
 
 
 class EventStream:
-    """The events of requests that were submitted together, each with the time of its arrival here."""
+    """The events of requests that belong together, each with the time of its arrival here."""
 
     def __init__(self) -> None:
         self._events: deque[tuple[float, Event]] = deque()
@@ -194,11 +194,14 @@ class EngineProcess:
     def new_request_id(self) -> int:
         return next(self._ids)
 
-    def submit(self, requests: Sequence[AddRequest]) -> EventStream:
-        """Hands requests in, in this order. Raises EngineDeadError if there is no engine now."""
+    def submit(self, requests: Sequence[AddRequest], stream: EventStream | None = None) -> EventStream:
+        """Hands requests in, in this order; their events come in a new stream, or beside those of the one given.
+
+        Raises EngineDeadError if there is no engine now.
+        """
         if self.state is not EngineState.RUNNING:
             raise EngineDeadError(self.reason)
-        stream = EventStream()
+        stream = stream or EventStream()
         for request in requests:
             self._streams[request.request_id] = (stream, request.outputs)
         self._send(*requests)

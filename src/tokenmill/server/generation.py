@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,7 +25,7 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.outputs import CompletionOutput, OutputBuilder, StreamChunk
-from tokenmill.engine.process import EngineProcess
+from tokenmill.engine.process import EngineProcess, EventStream
 from tokenmill.program.step import Int32
 from tokenmill.server.errors import RequestError, StoppedError, log_text
 from tokenmill.server.metrics import Metrics
@@ -43,7 +44,7 @@ class Piece:
 class Generation:
     """Prompts that run together with the same parameters. Follow it with :meth:`pieces` or :meth:`finish`.
 
-    Whatever ends the following early (an error, a client that left) takes the rest out of the engine.
+    A long list of them has a bounded number of outputs in the engine at a time; the others follow as these end. Whatever ends the following early (an error, a client that left) takes the rest out of the engine.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Generation:
         metrics: Metrics,
         record: RequestRecord,
         requests: Sequence[AddRequest],
+        most_places: int,
         on_end: Callable[[Generation], None] = lambda _: None,
     ) -> None:
-        """``requests`` have the same parameters, one each prompt."""
+        """``requests`` have the same parameters, one each prompt; at most ``most_places`` outputs, enough for one prompt,
+        are in the engine at once. Raises EngineDeadError."""
         self.record = record
         self.prompts = [request.prompt for request in requests]
         self.params = requests[0].params
@@ -76,7 +79,10 @@ class Generation:
         }
         self._last_token: dict[tuple[int, int], float] = {}
         self._open = set(self._builders)
-        self._events = engine.submit(requests)
+        self._most_places = most_places
+        self._unsent = deque(requests)
+        self._events = EventStream()
+        self._feed()
         record.params = self.params
         record.prompt_tokens = sum(map(len, self.prompts))
         for prompt in self.prompts:
@@ -91,6 +97,11 @@ class Generation:
     def open_outputs(self) -> int:
         """Outputs that have not ended."""
         return len(self._open)
+
+    @property
+    def places(self) -> int:
+        """Outputs that it may have in the engine from now on."""
+        return min(self.open_outputs, self._most_places)
 
     @property
     def prompt_tokens(self) -> int:
@@ -125,6 +136,7 @@ class Generation:
                     if chunk is not None:
                         key = (event.request_id, chunk.index)
                         merged[key] = _joined(merged[key], chunk) if key in merged else chunk
+                self._feed()
                 if merged or not events:
                     yield [Piece(self._numbers[key[0]], chunk) for key, chunk in merged.items()]
         except EngineError as error:
@@ -150,6 +162,15 @@ class Generation:
         self.record.output_tokens = self.output_tokens
         self._metrics.request_ended(max((len(b.output.token_ids) for b in self._builders.values()), default=0))
         self._on_end(self)
+
+    def _feed(self) -> None:
+        """Hands in as many of the prompts that are left as there are places for. Raises EngineDeadError."""
+        each = self._requests[0].outputs
+        running = self.open_outputs - each * len(self._unsent)
+        free = (self._most_places - running) // each
+        batch = [self._unsent.popleft() for _ in range(min(free, len(self._unsent)))]
+        if batch:
+            self._engine.submit(batch, self._events)
 
     def _take(self, now: float, event: Event) -> StreamChunk | None:
         """What an event adds to its output."""

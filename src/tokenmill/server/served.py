@@ -30,6 +30,9 @@ from tokenmill.tokenizer import Tokenizer
 LONG_TEXT = 20_000
 """Characters from which on text is tokenized in a thread: the others' streams must not wait for it."""
 
+_SEATS_OF_A_LIST = 2
+"""A list of prompts has at most so many times the engine's seats: as many run, and as many are there when these end."""
+
 
 class ServedModel:
     """What routes work with. Belongs to one event loop."""
@@ -190,11 +193,11 @@ class ServedModel:
             )
             for prompt in prompts
         ]
-        self._admit(sum(request.outputs for request in requests))
+        places = self._admit(requests)
         if self.config.log_prompts:
             record.prompts = [self.tokenizer.decode(prompt.tolist(), skip_special=False) for prompt in prompts]
         generation = Generation(
-            self.engine, self.tokenizer, self.metrics, record, requests, on_end=self._generation_ended
+            self.engine, self.tokenizer, self.metrics, record, requests, places, on_end=self._generation_ended
         )
         self.generations[generation] = None
         return generation
@@ -215,9 +218,9 @@ class ServedModel:
             generation.stop(ShutdownError("the server is shutting down"))
 
     @property
-    def open_outputs(self) -> int:
-        """Outputs that wait or run."""
-        return sum(generation.open_outputs for generation in self.generations)
+    def places(self) -> int:
+        """Outputs that may wait or run in the engine now, at most."""
+        return sum(generation.places for generation in self.generations)
 
     def unready(self) -> str | None:
         """Why requests are not taken now; None if they are."""
@@ -227,20 +230,29 @@ class ServedModel:
             return f"{self.engine.reason}; it is being started again"
         return None
 
-    def _admit(self, outputs: int) -> None:
+    def _admit(self, requests: Sequence[AddRequest]) -> int:
+        """How many outputs of ``requests`` may be in the engine at once. Raises ApiError if they cannot be taken."""
         reason = self.unready()
         if reason is not None:
             self.metrics.rejected("draining" if self.draining else "engine_dead")
             raise ApiError(reason, 503, code="unavailable", retry_after=1)
-        room = self.ready.ledger.max_num_seqs + self.config.max_queued_requests
-        if self.open_outputs + outputs > room:
+        seats = self.ready.ledger.max_num_seqs
+        room, each = seats + self.config.max_queued_requests, requests[0].outputs
+        if each > room:
+            raise ApiError(
+                f"n is {each}; this server takes at most {room} outputs at once (--max-num-seqs and --max-queued-requests)",
+                param="n",
+            )
+        places = min(each * len(requests), max(_SEATS_OF_A_LIST * seats, each), room)
+        if self.places + places > room:
             self.metrics.rejected("queue_full")
             raise ApiError(
-                f"the queue is full: {self.open_outputs} outputs run or wait, {room} may (--max-queued-requests)",
+                f"the queue is full: {self.places} outputs run or wait, {room} may (--max-queued-requests)",
                 503,
                 code="overloaded",
                 retry_after=self._retry_after(),
             )
+        return places
 
     def _retry_after(self) -> int:
         """Seconds in which, at the pace of the last requests, a tenth of the queue will be done."""
@@ -248,7 +260,7 @@ class ServedModel:
         if len(ends) < 2 or ends[-1] <= ends[0]:
             return 1
         pace = (len(ends) - 1) / (ends[-1] - ends[0])
-        return min(max(math.ceil(self.open_outputs / 10 / pace), 1), 60)
+        return min(max(math.ceil(self.places / 10 / pace), 1), 60)
 
     # ---- what happens ----------------------------------------------------------------------------------------------
 
