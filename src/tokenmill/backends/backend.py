@@ -71,8 +71,9 @@ class Backend(Protocol):
         """Executes ops [first_op, last_op) and returns the named values.
 
         Without ``last_op`` as far as the outputs need, so that hidden rows cost no logits, and in any case all that
-        write keys and values; the whole program if no output is named. Arrays are ``[rows, width]`` and valid until the next call. Values that a later range reads stay alive between
-        calls for the same plan. Raises KeyError for an unknown value and ValueError if the plan exceeds the limits.
+        write keys and values; the whole program if no output is named. Arrays are ``[rows, width]`` and valid until
+        the next call. Values that a later range reads stay alive between calls for the same plan. Raises KeyError for
+        an unknown value and ValueError if the plan exceeds the limits.
         """
 
     def copy_page(self, group: int, from_page: int, to_page: int) -> None:

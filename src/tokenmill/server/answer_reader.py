@@ -104,6 +104,11 @@ class AnswerBlocks:
         """True once there was a call."""
         return self._reader.called
 
+    def read(self, text: str) -> None:
+        """Takes all of an answer at once."""
+        for _ in self.push(text, last=True):
+            pass
+
     def push(self, text: str, *, last: bool) -> Iterator[BlockChange]:
         """What a piece of text, with ``last`` the end of it all, changes. An answer has a block at least."""
         parts = self._reader.push(text, last=last)

@@ -44,7 +44,8 @@ class Piece:
 class Generation:
     """Prompts that run together with the same parameters. Follow it with :meth:`pieces` or :meth:`finish`.
 
-    A long list of them has a bounded number of outputs in the engine at a time; the others follow as these end. Whatever ends the following early (an error, a client that left) takes the rest out of the engine.
+    A long list of them has a bounded number of outputs in the engine at a time; the others follow as these end.
+    Whatever ends the following early (an error, a client that left) takes the rest out of the engine.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Generation:
         most_places: int,
         on_end: Callable[[Generation], None] = lambda _: None,
     ) -> None:
-        """``requests`` have the same parameters, one each prompt; at most ``most_places`` outputs, enough for one prompt,
-        are in the engine at once. Raises EngineDeadError."""
+        """``requests`` have the same parameters, one each prompt. At most ``most_places`` outputs are in the engine at
+        once; those of one prompt must fit. Raises EngineDeadError."""
         self.record = record
         self.prompts = [request.prompt for request in requests]
         self.params = requests[0].params

@@ -240,7 +240,7 @@ class ServedModel:
         room, each = seats + self.config.max_queued_requests, requests[0].outputs
         if each > room:
             raise ApiError(
-                f"n is {each}; this server takes at most {room} outputs at once (--max-num-seqs and --max-queued-requests)",
+                f"n is {each}; at most {room} outputs may run and wait (--max-num-seqs and --max-queued-requests)",
                 param="n",
             )
         places = min(each * len(requests), max(_SEATS_OF_A_LIST * seats, each), room)

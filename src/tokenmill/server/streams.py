@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request, Response
@@ -23,6 +23,7 @@ from tokenmill.server.errors import (
 )
 from tokenmill.server.generation import Generation
 from tokenmill.server.metrics import Metrics
+from tokenmill.server.served import ServedModel
 
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
@@ -38,6 +39,26 @@ def event(data: Mapping[str, Any], name: str | None = None) -> bytes:
 
 def json_response(data: Mapping[str, Any] | Sequence[Any]) -> Response:
     return Response(_encode(data), media_type="application/json")
+
+
+class Answer(Protocol):
+    """The bodies that a route makes of a generation."""
+
+    def whole(self) -> Mapping[str, Any]:
+        """All of it, once the generation has ended."""
+
+    def frames(self, idle: float) -> AsyncIterator[bytes]:
+        """It as server-sent events, after ``idle`` seconds without news one that says nothing."""
+
+
+async def respond(
+    request: Request, served: ServedModel, generation: Generation, answer: Answer, *, stream: bool | None
+) -> Response:
+    """The response that follows ``generation``, as a stream or whole. Raises EngineError."""
+    if stream:
+        return EventStreamResponse(generation, answer.frames(served.config.keep_alive_seconds), served.metrics)
+    await finish_or_leave(request, generation, served.metrics)
+    return json_response(answer.whole())
 
 
 async def finish_or_leave(request: Request, generation: Generation, metrics: Metrics) -> None:

@@ -19,7 +19,7 @@ from tokenmill.server.request_log import RequestRecord
 from tokenmill.server.requests import MAX_STOP_STRINGS, Name, StopStrings, StrictBody
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
-from tokenmill.server.streams import EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.streams import event, json_response, respond
 from tokenmill.server.structure import ForcedCalls
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
 
@@ -215,11 +215,7 @@ async def messages(body: MessagesBody, request: Request, served: Served, record:
     params = served.sampling_params({key: value for key, value in given.items() if value is not None})
     generation = served.generate([prompt], params, record)
     answer = _Answer(body, generation, record, name, AnswerReader(served.reasoning_reader(text, params), calls))
-    if body.stream:
-        frames = answer.frames(served.config.keep_alive_seconds)
-        return EventStreamResponse(generation, frames, served.metrics)
-    await finish_or_leave(request, generation, served.metrics)
-    return json_response(answer.whole())
+    return await respond(request, served, generation, answer, stream=body.stream)
 
 
 @dataclass(slots=True)
@@ -235,8 +231,7 @@ class _Answer:
     def whole(self) -> dict[str, Any]:
         (output,) = self.generation.outputs(0)
         blocks = AnswerBlocks(self.reader)
-        for _ in blocks.push(output.text, last=True):
-            pass
+        blocks.read(output.text)
         content = [_block(block, block.text) for block in blocks.blocks]
         return {**self._message(), "content": content, **self._stop(output, blocks.called), "usage": self._usage()}
 

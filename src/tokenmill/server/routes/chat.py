@@ -20,7 +20,7 @@ from tokenmill.server.request_log import RequestRecord
 from tokenmill.server.requests import MAX_LOGPROBS, AnswerBody, Name
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
-from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.streams import DONE, KEEP_ALIVE, event, respond
 from tokenmill.server.structure import ForcedCalls
 from tokenmill.server.tool_calls import ToolCallReader
 from tokenmill.structured import StructuredOutputs
@@ -170,10 +170,7 @@ async def chat_completions(body: ChatBody, request: Request, served: Served, rec
         given["logprobs"] = body.top_logprobs or 0
     generation = body.start(served, given, [prompt], record)
     answer = _Answer(served, body, generation, record, name, text)
-    if body.stream:
-        return EventStreamResponse(generation, answer.frames(), served.metrics)
-    await finish_or_leave(request, generation, served.metrics)
-    return json_response(answer.whole())
+    return await respond(request, served, generation, answer, stream=body.stream)
 
 
 @dataclass(slots=True)
@@ -212,9 +209,9 @@ class _Answer:
             data["prompt_token_ids"] = prompt_ids
         return data
 
-    async def frames(self) -> AsyncIterator[bytes]:
+    async def frames(self, idle: float) -> AsyncIterator[bytes]:
         begun = False
-        async for pieces in self.generation.pieces(self.served.config.keep_alive_seconds):
+        async for pieces in self.generation.pieces(idle):
             if not pieces:
                 yield KEEP_ALIVE
                 continue

@@ -21,7 +21,7 @@ from tokenmill.server.request_log import RequestRecord
 from tokenmill.server.requests import MAX_LOGPROBS, AnswerBody, Prompts, name_of
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
-from tokenmill.server.streams import DONE, KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.streams import DONE, KEEP_ALIVE, event, respond
 
 router = new_router()
 
@@ -67,10 +67,7 @@ async def completions(body: CompletionBody, request: Request, served: Served, re
         given.pop("min_tokens", None)
     generation = body.start(served, given, prompts, record, score_only=scores_only)
     answer = _Answer(served, body, generation, record, name)
-    if body.stream:
-        return EventStreamResponse(generation, answer.frames(), served.metrics)
-    await finish_or_leave(request, generation, served.metrics)
-    return json_response(answer.whole())
+    return await respond(request, served, generation, answer, stream=body.stream)
 
 
 async def _encoded(served: ServedModel, body: CompletionBody, number: int) -> Int32:
@@ -110,8 +107,8 @@ class _Answer:
         ]
         return {**self._head(), "choices": choices, "usage": usage(self.generation)}
 
-    async def frames(self) -> AsyncIterator[bytes]:
-        async for pieces in self.generation.pieces(self.served.config.keep_alive_seconds):
+    async def frames(self, idle: float) -> AsyncIterator[bytes]:
+        async for pieces in self.generation.pieces(idle):
             if not pieces:
                 yield KEEP_ALIVE
             for piece in pieces:

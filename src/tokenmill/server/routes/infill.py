@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Request, Response
 from pydantic import Field
 
-from tokenmill.engine.outputs import CompletionOutput
 from tokenmill.server.errors import ApiError, unsupported
 from tokenmill.server.fill_in_middle import fill_in_middle
 from tokenmill.server.generation import Generation
 from tokenmill.server.requests import SamplingBody, StrictBody
 from tokenmill.server.routes.access import Record, Served, new_router
 from tokenmill.server.served import ServedModel
-from tokenmill.server.streams import KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.streams import KEEP_ALIVE, event, respond
 
 router = new_router()
 
@@ -74,40 +74,45 @@ async def infill(body: InfillBody, request: Request, served: Served, record: Rec
     if body.repeat_penalty is not None:
         given["repetition_penalty"] = body.repeat_penalty
     generation = served.generate([prompt], served.sampling_params(given), record)
-    if body.stream:
-        frames = _frames(generation, name, served.config.keep_alive_seconds)
-        return EventStreamResponse(generation, frames, served.metrics)
-    await finish_or_leave(request, generation, served.metrics)
-    (output,) = generation.outputs(0)
-    return json_response({"content": output.text, **_end(generation, output, name)})
+    return await respond(request, served, generation, _Answer(generation, name), stream=body.stream)
 
 
-async def _frames(generation: Generation, name: str, idle: float) -> AsyncIterator[bytes]:
-    async for pieces in generation.pieces(idle):
-        if not pieces:
-            yield KEEP_ALIVE
-        for piece in pieces:
-            data: dict[str, Any] = {"content": piece.chunk.text, "tokens": piece.chunk.token_ids, "stop": False}
-            if piece.chunk.finish_reason is not None:
-                data |= _end(generation, generation.outputs(0)[0], name)
-            yield event(data)
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Bodies made from a generation."""
 
+    generation: Generation
+    name: str
 
-def _end(generation: Generation, output: CompletionOutput, name: str) -> dict[str, Any]:
-    if isinstance(output.stop_reason, str):
-        stop_type = "word"
-    else:
-        stop_type = "limit" if output.finish_reason == "length" else "eos"
-    return {
-        "stop": True,
-        "stop_type": stop_type,
-        "stopping_word": output.stop_reason if isinstance(output.stop_reason, str) else "",
-        "model": name,
-        "tokens_predicted": generation.output_tokens,
-        "tokens_evaluated": generation.prompt_tokens,
-        "tokens_cached": generation.record.cached_tokens,
-        "truncated": False,
-    }
+    def whole(self) -> dict[str, Any]:
+        return {"content": self.generation.outputs(0)[0].text, **self._end()}
+
+    async def frames(self, idle: float) -> AsyncIterator[bytes]:
+        async for pieces in self.generation.pieces(idle):
+            if not pieces:
+                yield KEEP_ALIVE
+            for piece in pieces:
+                data: dict[str, Any] = {"content": piece.chunk.text, "tokens": piece.chunk.token_ids, "stop": False}
+                if piece.chunk.finish_reason is not None:
+                    data |= self._end()
+                yield event(data)
+
+    def _end(self) -> dict[str, Any]:
+        (output,) = self.generation.outputs(0)
+        if isinstance(output.stop_reason, str):
+            stop_type = "word"
+        else:
+            stop_type = "limit" if output.finish_reason == "length" else "eos"
+        return {
+            "stop": True,
+            "stop_type": stop_type,
+            "stopping_word": output.stop_reason if isinstance(output.stop_reason, str) else "",
+            "model": self.name,
+            "tokens_predicted": self.generation.output_tokens,
+            "tokens_evaluated": self.generation.prompt_tokens,
+            "tokens_cached": self.generation.record.cached_tokens,
+            "truncated": False,
+        }
 
 
 async def _extra_files(served: ServedModel, files: Sequence[ExtraFile]) -> list[int]:

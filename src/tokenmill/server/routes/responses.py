@@ -17,7 +17,7 @@ from tokenmill.server.generation import Generation
 from tokenmill.server.request_log import RequestRecord
 from tokenmill.server.requests import Name, StrictBody
 from tokenmill.server.routes.access import Record, Served, new_router
-from tokenmill.server.streams import KEEP_ALIVE, EventStreamResponse, event, finish_or_leave, json_response
+from tokenmill.server.streams import KEEP_ALIVE, event, respond
 from tokenmill.server.structure import ForcedCalls, from_format
 from tokenmill.server.tool_calls import ToolCall, ToolCallReader
 from tokenmill.structured import StructuredOutputs
@@ -184,11 +184,7 @@ async def responses(body: ResponsesBody, request: Request, served: Served, recor
     reader = AnswerReader(served.reasoning_reader(text, params), body.calls_reader())
     generation = served.generate([prompt], params, record)
     answer = _Answer(body, generation, record, name, served.tokenizer, reader)
-    if body.stream:
-        frames = answer.frames(served.config.keep_alive_seconds)
-        return EventStreamResponse(generation, frames, served.metrics)
-    await finish_or_leave(request, generation, served.metrics)
-    return json_response(answer.whole())
+    return await respond(request, served, generation, answer, stream=body.stream)
 
 
 @dataclass(slots=True)
@@ -209,8 +205,7 @@ class _Answer:
         self._blocks = AnswerBlocks(self.reader)
 
     def whole(self) -> dict[str, Any]:
-        for _ in self._blocks.push(self.generation.outputs(0)[0].text, last=True):
-            pass
+        self._blocks.read(self.generation.outputs(0)[0].text)
         return self.response(self.status)
 
     @property
