@@ -34,6 +34,8 @@ int64_t copy_prefix(const float* keys, const float* weights, int64_t n, PrefixEn
 }
 
 PrefixEnd PrefixSearch::find(const float* keys, const float* weights, int64_t n, double target, double total, float floor) {
+  // Of nothing the whole search makes no sense: keys above the largest would reach it, and those of tokens without weight.
+  target = std::max(target, std::numeric_limits<double>::min());
   View rest{keys, weights, nullptr, n};
   float low = floor, high = kInfinity;       // the end lies in [low, high), which `rest` holds, perhaps with more around it
   double from_low = total, from_high = 0.0;  // what of `rest` lies from `low` and from `high` up

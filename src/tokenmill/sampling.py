@@ -44,6 +44,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    """0.01 to 100 (logits divided by less may be infinite); 1 switches it off."""
     seed: int | None = None
     """None draws one for each request."""
     stop: str | Sequence[str] = ()
@@ -96,9 +97,7 @@ class SamplingParams:
         _check_whole("top_k", self.top_k, -1, None)
         _check_real("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_real("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        if self.repetition_penalty == 0:
-            raise SamplingError("repetition_penalty is 0; it must be above 0 (1 switches it off)")
+        _check_real("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_whole("seed", self.seed, 0, 2**64 - 1, optional=True)
         for text in stop:
             if not isinstance(text, str) or not text:

@@ -216,6 +216,14 @@ def test_the_ends_of_each_range() -> None:
     assert len(kept(logits, typical_p=0.0)) == 1
 
 
+@pytest.mark.parametrize("others", [{}, {"top_k": 200}, {"top_k": 5}, {"min_p": 0.1}, {"temperature": 0.01}], ids=str)
+@pytest.mark.parametrize("vocabulary", [100, 320, 49152])
+def test_a_share_of_nothing_keeps_one_token(isa: str, vocabulary: int, others: dict[str, float]) -> None:
+    logits = np.random.default_rng(vocabulary).normal(0, 3, vocabulary)
+    assert kept(logits, 20, top_p=0.0, **others) == {int(logits.argmax())}
+    assert len(kept(logits, 20, typical_p=0.0, **others)) == 1
+
+
 def test_typical_sampling_can_drop_the_likeliest_token() -> None:
     # Entropy 2.36 nats: the many tokens of probability 0.05 (3.0 nats) are nearer to it than 0.4 (0.92 nats).
     logits = np.log([0.4] + [0.05] * 12)

@@ -26,6 +26,7 @@ from tokenmill.sampling import SamplingError, SamplingParams, bad_word_ids
         ("presence_penalty", 2.5),
         ("frequency_penalty", -2.5),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
         ("repetition_penalty", float("inf")),
         ("seed", -1),
         ("seed", 2**64),
