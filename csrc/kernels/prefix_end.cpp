@@ -34,7 +34,7 @@ int64_t copy_prefix(const float* keys, const float* weights, int64_t n, PrefixEn
 }
 
 PrefixEnd PrefixSearch::find(const float* keys, const float* weights, int64_t n, double target, double total, float floor) {
-  // Of nothing the whole search makes no sense: keys above the largest would reach it, and those of tokens without weight.
+  // A target of 0 is reached before the first key: the search would end above all of them, with nothing kept.
   target = std::max(target, std::numeric_limits<double>::min());
   View rest{keys, weights, nullptr, n};
   float low = floor, high = kInfinity;       // the end lies in [low, high), which `rest` holds, perhaps with more around it

@@ -24,8 +24,8 @@ int64_t copy_prefix(const float* keys, const float* weights, int64_t n, PrefixEn
 class PrefixSearch {
  public:
   // The prefix of keys[0 .. n - 1] whose weights (their number, if `weights` is null) reach `target`; all keys from `floor` up
-  // if they do not, and at least one that weighs something. Keys below `floor` are not looked at; one key must reach it. `total` is what all
-  // keys from `floor` up weigh, roughly; 0 if unknown. Same bits on every instruction-set path.
+  // if they do not, and at least one that weighs something. Keys below `floor` are not looked at; one key must reach it.
+  // `total` is what all keys from `floor` up weigh, roughly; 0 if unknown. Same bits on every instruction-set path.
   PrefixEnd find(const float* keys, const float* weights, int64_t n, double target, double total, float floor);
 
  private:
