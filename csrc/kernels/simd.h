@@ -54,6 +54,12 @@ TM_INLINE uint32_t f32_to_bits(float value) {
   return bits;
 }
 
+TM_INLINE int32_t load_i32(const uint8_t* p) {
+  int32_t value;
+  memcpy(&value, p, 4);
+  return value;
+}
+
 TM_INLINE float bf16_to_f32(uint16_t h) { return bits_to_f32(static_cast<uint32_t>(h) << 16); }
 
 // Round to nearest even; NaN stays NaN (quiet).
@@ -101,6 +107,57 @@ TM_INLINE uint16_t f32_to_f16(float value) {
 #endif
 
 namespace tokenmill::TM_ISA {
+
+// ---- dot products --------------------------------------------------------------------------------------------------
+
+// dot4<kCodeBits>(acc, w, quad): acc[lane] += sum over i of w[4 lane + i] * a[i], exact; `quad` holds the four int8
+// activations a, in -127..127, and kCodeBits says how many bits the unsigned codes w use.
+// dot2(acc, w, pair): acc[lane] += w[2 lane] * a[0] + w[2 lane + 1] * a[1] on int16, exact where the sums fit int32.
+
+// A running sum of up to kMost quads' dot products, exact.
+template <int kCodeBits>
+struct QuadSum {
+  static constexpr int kMost = 8;
+  I32x16 sum;
+
+  TM_INLINE void begin(I32x16 start) { sum = start; }
+  TM_INLINE void add(int32_t quad, U8x64 w) { sum = dot4<kCodeBits>(sum, w, quad); }
+  TM_INLINE void add_from(const uint8_t* quad, U8x64 w) {
+#if defined(TM_HAS_DOT4_FROM)
+    sum = dot4_from(sum, w, quad);
+#else
+    add(load_i32(quad), w);
+#endif
+  }
+  TM_INLINE I32x16 total() const { return sum; }
+};
+
+#if defined(TM_SUMS_PAIRS)
+// Without a four-element dot product, products are added as int16 for as long as they cannot overflow: two instructions a
+// quad instead of three. (2^6 - 1) * 127 * 2 * 2 is the closest, 32,004.
+template <int kQuads>
+struct PairSum {
+  static constexpr int kMost = kQuads;
+  I32x16 start;
+  I16x32 pairs;
+  bool empty;  // known when the loop over quads is unrolled
+
+  TM_INLINE void begin(I32x16 first) { start = first, empty = true; }
+  TM_INLINE void add(int32_t quad, U8x64 w) {
+    pairs = empty ? dot_pairs(w, quad) : TM_ISA::add(pairs, dot_pairs(w, quad));
+    empty = false;
+  }
+  TM_INLINE void add_from(const uint8_t* quad, U8x64 w) { add(load_i32(quad), w); }
+  TM_INLINE I32x16 total() const { return add_sums_of_pairs(start, pairs); }
+};
+template <> struct QuadSum<4> : PairSum<8> {};
+template <> struct QuadSum<5> : PairSum<4> {};
+template <> struct QuadSum<6> : PairSum<2> {};
+// Codes of so many bits take the same way as those of dot_bits(code_bits): their formats share a kernel.
+constexpr int dot_bits(int code_bits) { return code_bits <= 4 ? 4 : code_bits; }
+#else
+constexpr int dot_bits(int code_bits) { return code_bits <= 6 ? 6 : code_bits; }
+#endif
 
 // ---- shared by all paths -------------------------------------------------------------------------------------------
 

@@ -6,11 +6,6 @@
 
 namespace tokenmill::TM_ISA {
 
-TM_INLINE int32_t load_i32(const uint8_t* p) {
-  int32_t value;
-  memcpy(&value, p, 4);
-  return value;
-}
 TM_INLINE float load_f32(const uint8_t* p) {
   float value;
   memcpy(&value, p, 4);
@@ -26,7 +21,7 @@ struct ChunkActivations {
   const uint8_t* pairs;
   size_t stride;
 
-  TM_INLINE int32_t quad(int row, int group, int j) const { return load_i32(codes + static_cast<size_t>(row) * stride + 32 * group + 4 * j); }
+  TM_INLINE const uint8_t* quad(int row, int group, int j) const { return codes + static_cast<size_t>(row) * stride + 32 * group + 4 * j; }
   TM_INLINE F32x16 scale(int row, int group) const { return set1(load_f32(scales + static_cast<size_t>(row) * stride + 4 * group)); }
   TM_INLINE int32_t negative_sum(int row, int index) const { return load_i32(negative_sums + static_cast<size_t>(row) * stride + 4 * index); }
   TM_INLINE F32x16 scaled_sum(int row, int group) const { return set1(load_f32(scaled_sums + static_cast<size_t>(row) * stride + 4 * group)); }
@@ -44,6 +39,7 @@ constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2
 // power of two, or the format has a minimum (kOffset = 0).
 template <bool kSuperBlock, int kScaleColumns, int kOffset, int kDotBits>
 struct IntegerKind {
+  using Sum = QuadSum<kDotBits>;
   static constexpr bool kHasMinimum = kOffset == 0;
   static constexpr int kTileColumns = kChunkColumns;
   // Codes of `kTileBlocks` row blocks, unpacked, beside their scales.
@@ -84,15 +80,32 @@ struct IntegerKind {
       if constexpr (!kHasMinimum) start = shift_left<log2_of(kOffset)>(set1_i32(x.negative_sum(m, sum_index)));
       TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = start;
     }
-    unroll<kEnd - kBegin>([&](auto i) TM_UNROLLED {
-      constexpr int j = kBegin + decltype(i)::value;
-      U8x64 w[kBlocks];
-      TM_UNROLL for (int n = 0; n < kBlocks; ++n) w[n] = codes.template quad<j>(n, group);
+    constexpr int kQuads = kEnd - kBegin < Sum::kMost ? kEnd - kBegin : Sum::kMost;
+    unroll<(kEnd - kBegin) / kQuads>([&](auto part) TM_UNROLLED {
+      Sum sums[kRows][kBlocks];
       TM_UNROLL for (int m = 0; m < kRows; ++m) {
-        const int32_t quad = x.quad(m, group, j);
-        TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = dot4<kDotBits>(dot[m][n], w[n], quad);
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) sums[m][n].begin(dot[m][n]);
+      }
+      unroll<kQuads>([&](auto i) TM_UNROLLED {
+        constexpr int j = kBegin + decltype(part)::value * kQuads + decltype(i)::value;
+        U8x64 w[kBlocks];
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) w[n] = codes.template quad<j>(n, group);
+        TM_UNROLL for (int m = 0; m < kRows; ++m) add_quad<kBlocks>(x.quad(m, group, j), w, sums[m]);
+      });
+      TM_UNROLL for (int m = 0; m < kRows; ++m) {
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = sums[m][n].total();
       }
     });
+  }
+
+  template <int kBlocks>
+  static TM_INLINE void add_quad(const uint8_t* quad, const U8x64 (&w)[kBlocks], Sum (&sums)[kBlocks]) {
+    if constexpr (kBlocks == 1) {
+      sums[0].add_from(quad, w[0]);
+    } else {
+      const int32_t broadcast = load_i32(quad);
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) sums[n].add(broadcast, w[n]);
+    }
   }
 
   template <int kRows, int kBlocks, class Codes>
@@ -163,7 +176,7 @@ struct QuantizedFormat {
   static constexpr int kRestartColumns = kSegmentColumns;  // accumulators start from zero again
   static constexpr int kChunkBytes = PackedCodes<kFormat>::kChunkBytes;
   // IQ4_NL's codes become bytes by its table.
-  static constexpr int kDotBits = kLayout.code_bits == 8 || kFormat == WeightFormat::kIq4Nl ? 8 : 6;
+  static constexpr int kDotBits = dot_bits(kFormat == WeightFormat::kIq4Nl ? 8 : kLayout.code_bits);
   using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.code_offset, kDotBits>;
   using Tile = typename Kind::Tile;
 

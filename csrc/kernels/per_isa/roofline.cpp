@@ -29,39 +29,55 @@ int32_t read(const uint8_t* data, size_t bytes) {
 // Named accumulators, not an array: with an array g++ 12 keeps them on the stack and the loop shows half of the peak.
 // Each starts from another value and the weights are made to look changed in every iteration, or the compiler folds the
 // chains into one or moves work out of the loop.
-#if defined(TM_HAS_VNNI)
-constexpr int32_t kQuadStep = 0;  // one instruction a dot4: nothing to share between chains
+//
+// A step is as many quads as a chain adds before it settles its sum, in the instructions of four-bit codes.
+#if defined(TM_SUMS_PAIRS)
+constexpr int kStepQuads = QuadSum<4>::kMost, kChainStep = 1;  // products must differ, or they are computed once for all chains
 #else
-constexpr int32_t kQuadStep = 1;  // the product w * quad must differ, or it is computed once for all chains
+constexpr int kStepQuads = 1, kChainStep = 0;  // one instruction a quad: nothing to share between chains
 #endif
 
 template <int kCount>
 TM_INLINE int32_t dot_chains(int64_t iterations) {
   U8x64 w = set1_u8(3);
-  const int32_t quad = 0x01020301;
-  I32x16 a = set1_i32(1), b = set1_i32(2), c = set1_i32(3), d = set1_i32(4), e = set1_i32(5), f = set1_i32(6);
-  I32x16 g = set1_i32(7), h = set1_i32(8), i = set1_i32(9), j = set1_i32(10), k = set1_i32(11), l = set1_i32(12);
+  uint8_t quads[64];
+  for (int i = 0; i < 64; ++i) quads[i] = static_cast<uint8_t>(i % 4);
+  QuadSum<4> a, b, c, d, e, f, g, h, i, j, k, l;
+  a.begin(set1_i32(1)), b.begin(set1_i32(2)), c.begin(set1_i32(3)), d.begin(set1_i32(4));
+  e.begin(set1_i32(5)), f.begin(set1_i32(6)), g.begin(set1_i32(7)), h.begin(set1_i32(8));
+  i.begin(set1_i32(9)), j.begin(set1_i32(10)), k.begin(set1_i32(11)), l.begin(set1_i32(12));
   for (int64_t n = 0; n < iterations; ++n) {
     __asm__ volatile("" : "+m"(w));
-    a = dot4<4>(a, w, quad);
-    b = dot4<4>(b, w, quad + 1 * kQuadStep);
-    c = dot4<4>(c, w, quad + 2 * kQuadStep);
-    d = dot4<4>(d, w, quad + 3 * kQuadStep);
+#pragma GCC unroll 8
+    for (int q = 0; q < kStepQuads; ++q) {
+      const uint8_t* quad = quads + 4 * q;
+      a.add(load_i32(quad), w);
+      b.add(load_i32(quad + 1 * kChainStep), w);
+      c.add(load_i32(quad + 2 * kChainStep), w);
+      d.add(load_i32(quad + 3 * kChainStep), w);
+      if constexpr (kCount == 12) {
+        e.add(load_i32(quad + 4 * kChainStep), w);
+        f.add(load_i32(quad + 5 * kChainStep), w);
+        g.add(load_i32(quad + 6 * kChainStep), w);
+        h.add(load_i32(quad + 7 * kChainStep), w);
+        i.add(load_i32(quad + 8 * kChainStep), w);
+        j.add(load_i32(quad + 9 * kChainStep), w);
+        k.add(load_i32(quad + 10 * kChainStep), w);
+        l.add(load_i32(quad + 11 * kChainStep), w);
+      }
+    }
+    a.begin(a.total()), b.begin(b.total()), c.begin(c.total()), d.begin(d.total());
     if constexpr (kCount == 12) {
-      e = dot4<4>(e, w, quad + 4 * kQuadStep);
-      f = dot4<4>(f, w, quad + 5 * kQuadStep);
-      g = dot4<4>(g, w, quad + 6 * kQuadStep);
-      h = dot4<4>(h, w, quad + 7 * kQuadStep);
-      i = dot4<4>(i, w, quad + 8 * kQuadStep);
-      j = dot4<4>(j, w, quad + 9 * kQuadStep);
-      k = dot4<4>(k, w, quad + 10 * kQuadStep);
-      l = dot4<4>(l, w, quad + 11 * kQuadStep);
+      e.begin(e.total()), f.begin(f.total()), g.begin(g.total()), h.begin(h.total());
+      i.begin(i.total()), j.begin(j.total()), k.begin(k.total()), l.begin(l.total());
     }
   }
-  const I32x16 sum = add(add(add(add(a, b), add(c, d)), add(add(e, f), add(g, h))), add(add(i, j), add(k, l)));
+  const I32x16 first = add(add(a.total(), b.total()), add(c.total(), d.total()));
+  const I32x16 second = add(add(e.total(), f.total()), add(g.total(), h.total()));
+  const I32x16 third = add(add(i.total(), j.total()), add(k.total(), l.total()));
   int32_t lanes[16];
   uint32_t total = 0;
-  store(lanes, sum);
+  store(lanes, add(add(first, second), third));
   for (int32_t lane : lanes) total += static_cast<uint32_t>(lane);
   return static_cast<int32_t>(total);
 }
@@ -103,6 +119,6 @@ float fma_f32(int64_t iterations) { return fma_chains<kFmaChains>(iterations); }
 }  // namespace
 
 extern const RooflineKernels roofline_kernels_table;
-const RooflineKernels roofline_kernels_table = {read, dot_int8, fma_f32, kDotChains * 128, kFmaChains * 32};
+const RooflineKernels roofline_kernels_table = {read, dot_int8, fma_f32, kDotChains * kStepQuads * 128, kFmaChains * 32};
 
 }  // namespace tokenmill::TM_ISA

@@ -162,27 +162,49 @@ TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
   return {_mm256_shuffle_epi8(t, index.lo), _mm256_shuffle_epi8(t, index.hi)};
 }
 
-template <int kCodeBits>
-TM_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {
-#if defined(TM_HAS_VNNI)  // in AVX-VNNI's encoding; a test build has AVX-512's
+#if defined(TM_HAS_VNNI)
+TM_INLINE __m256i dot4_half(__m256i acc, __m256i w, __m256i a) {  // in AVX-VNNI's encoding; a test build has AVX-512's
   __asm__("%{" TM_VNNI_ENCODING "%} vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(a));
   return acc;
-#else
-  if constexpr (kCodeBits <= 6) {
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, a), _mm256_set1_epi16(1)));
-  } else {
-    const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
-    const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(w_even, a_even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w_odd, a_odd));
-  }
-#endif
 }
 template <int kCodeBits>
 TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   const __m256i a = _mm256_set1_epi32(quad);
-  return {dot4_half<kCodeBits>(acc.lo, w.lo, a), dot4_half<kCodeBits>(acc.hi, w.hi, a)};
+  return {dot4_half(acc.lo, w.lo, a), dot4_half(acc.hi, w.hi, a)};
 }
+#else
+#define TM_SUMS_PAIRS
+struct I16x32 { __m256i lo, hi; };
+TM_INLINE I16x32 dot_pairs(U8x64 w, int32_t quad) {
+  const __m256i a = _mm256_set1_epi32(quad);
+  return {_mm256_maddubs_epi16(w.lo, a), _mm256_maddubs_epi16(w.hi, a)};
+}
+// Sums as inline assembly: g++ 12 computes all products of a chain first, onto the stack, and adds them afterwards.
+TM_INLINE __m256i plus_i32(__m256i a, __m256i b) {
+  __asm__("vpaddd %1, %0, %0" : "+x"(a) : "x"(b));
+  return a;
+}
+TM_INLINE __m256i plus_i16(__m256i a, __m256i b) {
+  __asm__("vpaddw %1, %0, %0" : "+x"(a) : "x"(b));
+  return a;
+}
+TM_INLINE I16x32 add(I16x32 a, I16x32 b) { return {plus_i16(a.lo, b.lo), plus_i16(a.hi, b.hi)}; }
+TM_INLINE I32x16 add_sums_of_pairs(I32x16 acc, I16x32 pairs) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {plus_i32(acc.lo, _mm256_madd_epi16(pairs.lo, ones)), plus_i32(acc.hi, _mm256_madd_epi16(pairs.hi, ones))};
+}
+TM_INLINE __m256i dot4_of_bytes(__m256i acc, __m256i w, __m256i a) {  // 255 * 127 * 2 overflows int16: even and odd bytes apart
+  const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
+  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+  return plus_i32(plus_i32(acc, _mm256_madd_epi16(w_even, a_even)), _mm256_madd_epi16(w_odd, a_odd));
+}
+template <int kCodeBits>
+TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
+  if constexpr (kCodeBits <= 6) return add_sums_of_pairs(acc, dot_pairs(w, quad));
+  const __m256i a = _mm256_set1_epi32(quad);
+  return {dot4_of_bytes(acc.lo, w.lo, a), dot4_of_bytes(acc.hi, w.hi, a)};
+}
+#endif
 
 TM_INLINE __m256i dot2_half(__m256i acc, __m256i w, __m256i a) {
 #if defined(TM_HAS_VNNI)

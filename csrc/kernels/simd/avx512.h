@@ -129,28 +129,48 @@ TM_INLINE U8x64 lookup16(const uint8_t* table, U8x64 index) {
   return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index.v)};
 }
 
-// acc[lane] += sum over i of w[4 lane + i] * a[i], exact. `quad` holds four int8 activations in -127..127.
-// kCodeBits says how many bits the unsigned codes use: up to 6 take the short way where there is no VNNI.
+#if defined(TM_HAS_VNNI)
+// As inline assembly: g++ 12 moves the intrinsic's accumulators to the stack when there are 16 and more of them.
 template <int kCodeBits>
 TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
-  const __m512i a = _mm512_set1_epi32(quad);
-#if defined(TM_HAS_VNNI)
-  // As inline assembly: g++ 12 moves the intrinsic's accumulators to the stack when there are 16 and more of them.
-  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(a));
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(_mm512_set1_epi32(quad)));
   return acc;
+}
+// Broadcast by the instruction that multiplies: one operation of the front end less where a quad meets one vector of codes.
+#define TM_HAS_DOT4_FROM
+TM_INLINE I32x16 dot4_from(I32x16 acc, U8x64 w, const uint8_t* quad) {
+  __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const uint8_t(*)[4]>(quad)));
+  return acc;
+}
 #else
+#define TM_SUMS_PAIRS
+struct I16x32 { __m512i v; };
+TM_INLINE I16x32 dot_pairs(U8x64 w, int32_t quad) { return {_mm512_maddubs_epi16(w.v, _mm512_set1_epi32(quad))}; }
+// Sums as inline assembly: g++ 12 computes all products of a chain first, onto the stack, and adds them afterwards.
+TM_INLINE __m512i plus_i32(__m512i a, __m512i b) {
+  __asm__("vpaddd %1, %0, %0" : "+v"(a) : "v"(b));
+  return a;
+}
+TM_INLINE I16x32 add(I16x32 a, I16x32 b) {
+  __asm__("vpaddw %1, %0, %0" : "+v"(a.v) : "v"(b.v));
+  return a;
+}
+TM_INLINE I32x16 add_sums_of_pairs(I32x16 acc, I16x32 pairs) {
+  return {plus_i32(acc.v, _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1)))};
+}
+template <int kCodeBits>
+TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   if constexpr (kCodeBits <= 6) {
-    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(_mm512_maddubs_epi16(w.v, a), _mm512_set1_epi16(1)))};
+    return add_sums_of_pairs(acc, dot_pairs(w, quad));
   } else {  // 255 * 127 * 2 overflows int16: even and odd bytes apart
+    const __m512i a = _mm512_set1_epi32(quad);
     const __m512i w_even = _mm512_and_si512(w.v, _mm512_set1_epi16(0xff)), w_odd = _mm512_srli_epi16(w.v, 8);
     const __m512i a_even = _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8), a_odd = _mm512_srai_epi16(a, 8);
-    acc.v = _mm512_add_epi32(acc.v, _mm512_madd_epi16(w_even, a_even));
-    return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w_odd, a_odd))};
+    return {plus_i32(plus_i32(acc.v, _mm512_madd_epi16(w_even, a_even)), _mm512_madd_epi16(w_odd, a_odd))};
   }
-#endif
 }
+#endif
 
-// acc[lane] += w[2 lane] * a[0] + w[2 lane + 1] * a[1] on int16 pairs; exact where the sums fit int32.
 TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   const __m512i a = _mm512_set1_epi32(pair);
 #if defined(TM_HAS_VNNI)
