@@ -132,3 +132,8 @@ def processor_has(feature: str) -> bool:
             return any(feature in line.split() for line in file if line.startswith(("flags", "Features")))
     except OSError:
         return False
+
+
+def computes_bf16() -> bool:
+    """True if the processor has instructions for bfloat16; without, a peer's emulation is slower than its float32."""
+    return processor_has("avx512_bf16") or processor_has("amx_bf16")

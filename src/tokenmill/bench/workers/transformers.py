@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .protocol import Identity, Latency, Task, Throughput, processor_has, serve
+from .protocol import Identity, Latency, Task, Throughput, computes_bf16, serve
 
 
 class Transformers:
@@ -17,7 +17,7 @@ class Transformers:
 
         torch.set_num_threads(task.threads)
         self._torch: Any = torch
-        dtype = torch.bfloat16 if processor_has("avx512_bf16") or processor_has("amx_bf16") else torch.float32
+        dtype = torch.bfloat16 if computes_bf16() else torch.float32
         self._model = load(task.model, dtype)
         self.identity = Identity(
             "transformers",

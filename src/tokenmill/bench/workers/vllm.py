@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .protocol import Identity, Latency, Task, Throughput, serve
+from .protocol import Identity, Latency, Task, Throughput, computes_bf16, serve
 
 
 class Vllm:
@@ -24,7 +24,7 @@ class Vllm:
         folder = as_folder(task.model, Path(task.scratch))
         self._vllm: Any = vllm
         settings: dict[str, Any] = {
-            "dtype": "bfloat16",
+            "dtype": "bfloat16" if computes_bf16() else "float32",
             "max_model_len": task.context,
             "max_num_seqs": task.sequences,
             "max_num_batched_tokens": max(task.context, 2048),
