@@ -161,22 +161,18 @@ constexpr int dot_bits(int code_bits) { return code_bits <= 6 ? 6 : code_bits; }
 
 // ---- shared by all paths -------------------------------------------------------------------------------------------
 
-// The one tree that reduces 16 lanes: halves, then quarters, eighths, sixteenths.
+// The one tree that reduces 16 lanes: halves, then quarters, eighths, sixteenths. Upper lanes hold nothing of meaning.
 TM_INLINE float reduce_add(F32x16 x) {
-  float v[16];
-  store(v, x);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] = v[i] + v[i + half];
-  }
-  return v[0];
+  x = add(x, lanes_down<8>(x));
+  x = add(x, lanes_down<4>(x));
+  x = add(x, lanes_down<2>(x));
+  return first_lane(add(x, lanes_down<1>(x)));
 }
 TM_INLINE float reduce_max(F32x16 x) {
-  float v[16];
-  store(v, x);
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  }
-  return v[0];
+  x = max(x, lanes_down<8>(x));
+  x = max(x, lanes_down<4>(x));
+  x = max(x, lanes_down<2>(x));
+  return first_lane(max(x, lanes_down<1>(x)));
 }
 
 // 2^(n + f) for whole n and f in [-0.5, 0.5]: degree-6 Horner (relative error below 2e-7), scaled in the exponent. 0 where

@@ -93,6 +93,11 @@ int run(const SimdInputs& in, uint8_t* out) {
   sink.put(dot4<8>(i, bytes, in.quad));
   sink.put(dot4<6>(i, codes6, in.quad));
   sink.put(dot2(j, load_u8_as_i16_pairs(in.bytes), in.pair));
+  sink.put(keep_first(lanes_down<8>(a), 8, b));
+  sink.put(keep_first(lanes_down<4>(a), 12, b));
+  sink.put(keep_first(lanes_down<2>(a), 14, b));
+  sink.put(keep_first(lanes_down<1>(a), 15, b));
+  sink.put(first_lane(c));
   sink.put(reduce_add(a));
   sink.put(reduce_max(a));
   sink.put(exp2(min(set1(127.0f), c)));

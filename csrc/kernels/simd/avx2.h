@@ -219,6 +219,20 @@ TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   return {dot2_half(acc.lo, w.lo, a), dot2_half(acc.hi, w.hi, a)};
 }
 
+template <int kBy> TM_INLINE F32x16 lanes_down(F32x16 a) {
+  if constexpr (kBy == 8) return {a.hi, a.hi};
+  const __m256 middle = _mm256_permute2f128_ps(a.lo, a.hi, 0x21), top = _mm256_permute2f128_ps(a.hi, a.hi, 0x11);
+  if constexpr (kBy == 4) {
+    return {middle, top};
+  } else {
+    const auto down = [](__m256 low, __m256 high) {
+      return _mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(high), _mm256_castps_si256(low), 4 * kBy));
+    };
+    return {down(a.lo, middle), down(a.hi, top)};
+  }
+}
+TM_INLINE float first_lane(F32x16 a) { return _mm256_cvtss_f32(a.lo); }
+
 TM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace tokenmill::TM_ISA

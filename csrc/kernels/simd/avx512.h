@@ -181,6 +181,16 @@ TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
 #endif
 }
 
+// Lane i holds what lane i + kBy held, for i + kBy < 16; kBy is 8, 4, 2 or 1.
+template <int kBy> TM_INLINE F32x16 lanes_down(F32x16 a) {
+  if constexpr (kBy >= 4) {
+    return {_mm512_shuffle_f32x4(a.v, a.v, kBy == 8 ? 0x0e : 0x39)};
+  } else {
+    return {_mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(a.v), kBy))};
+  }
+}
+TM_INLINE float first_lane(F32x16 a) { return _mm512_cvtss_f32(a.v); }
+
 TM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 }  // namespace tokenmill::TM_ISA

@@ -219,6 +219,17 @@ TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   return {dot2_quarter(acc.q0, w.q0, a), dot2_quarter(acc.q1, w.q1, a), dot2_quarter(acc.q2, w.q2, a), dot2_quarter(acc.q3, w.q3, a)};
 }
 
+template <int kBy> TM_INLINE F32x16 lanes_down(F32x16 a) {
+  if constexpr (kBy == 8) {
+    return {a.q2, a.q3, a.q3, a.q3};
+  } else if constexpr (kBy == 4) {
+    return {a.q1, a.q2, a.q3, a.q3};
+  } else {
+    return {vextq_f32(a.q0, a.q1, kBy), vextq_f32(a.q1, a.q2, kBy), vextq_f32(a.q2, a.q3, kBy), vextq_f32(a.q3, a.q3, kBy)};
+  }
+}
+TM_INLINE float first_lane(F32x16 a) { return vgetq_lane_f32(a.q0, 0); }
+
 TM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef TM_UNARY

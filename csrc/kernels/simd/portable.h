@@ -146,6 +146,9 @@ TM_OUTLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   return acc;
 }
 
+template <int kBy> TM_OUTLINE F32x16 lanes_down(F32x16 a) { TM_EACH(F32x16, i + kBy < 16 ? a.v[i + kBy] : 0.0f); }
+TM_OUTLINE float first_lane(F32x16 a) { return a.v[0]; }
+
 TM_OUTLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef TM_EACH
