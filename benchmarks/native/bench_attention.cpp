@@ -1,19 +1,21 @@
-// Speed of attention over fp16 keys and values, as shares of the machine's limits.
+// Speed of the attention op over fp16 keys and values, as shares of the machine's limits.
 //
-//   bench_attention HEADS KV_HEADS HEAD_DIM THREADS CONTEXT TOKENS...    e.g. bench_attention 9 3 64 2 4096 1 16 64 512
+//   bench_attention MODEL THREADS SEQUENCES CONTEXT TOKENS...     e.g. bench_attention qwen-1.5b 2 1 8192 1
 //
-// CONTEXT slots stand in the cache before the step's TOKENS. Work is split as row blocks of one KV head over threads;
-// pages lie in random order. Shares are of the read bandwidth and of the fp32 fma peak measured beside each sample;
-// medians, and the best in parentheses. TOKENMILL_ISA selects the instruction-set path.
+// Each of SEQUENCES sequences has CONTEXT slots in the cache and gets TOKENS more. The op runs in an executor, with its
+// schedule, its writes and its merges, layer after layer over more keys and values than caches hold. Pages lie in
+// random order, then in ascending order. Shares are of the read bandwidth and of the fp32 fma peak measured beside each
+// sample; medians, and the best sample over the best limit in parentheses.
+// TOKENMILL_ISA selects the instruction-set path.
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <vector>
 
-#include "kernels/attention.h"
+#include "executor/executor.h"
 #include "limits.h"
 #include "platform/isa.h"
 
@@ -22,85 +24,123 @@ using namespace tokenmill::limits;
 
 namespace {
 
-constexpr int kSamples = 25;
-constexpr size_t kRotatedBytes = size_t{128} << 20;  // of keys and values: layers, read one after the other
+constexpr int kSamples = 15;
 constexpr double kSampleSeconds = 0.01;
+constexpr size_t kRotatedBytes = size_t{128} << 20;  // of keys and values: layers, read one after the other
 
 struct Shape {
+  const char* name;
   int32_t heads, kv_heads, head_dim;
 };
+constexpr Shape kShapes[] = {
+    {"smollm2", 9, 3, 64}, {"qwen-0.5b", 14, 2, 64}, {"qwen-1.5b", 12, 2, 128}, {"gemma-270m", 4, 1, 256}};
 
-void bench(const Shape& shape, int32_t context, int32_t tokens, ThreadPool& pool, Machine& machine) {
-  const int32_t group = shape.heads / shape.kv_heads, pages = (context + tokens + kPageTokens - 1) / kPageTokens;
-  const size_t head_bytes = static_cast<size_t>(kPageTokens * shape.head_dim) * 2;
-  const size_t page_bytes = head_bytes * static_cast<size_t>(shape.kv_heads), plane_bytes = page_bytes * static_cast<size_t>(pages);
-  const auto layers = std::max<size_t>(1, kRotatedBytes / (2 * plane_bytes));
-  const AlignedBytes planes = aligned_bytes(2 * plane_bytes * layers + kPlaneSlack);
-  std::vector<int32_t> table(static_cast<size_t>(pages));
-  std::iota(table.begin(), table.end(), 0);
-  std::shuffle(table.begin(), table.end(), std::mt19937(0));
-  std::vector<float> q(static_cast<size_t>(tokens * shape.heads * shape.head_dim)), out(q.size());
-  for (size_t i = 0; i < q.size(); ++i) q[i] = static_cast<float>(i % 89) / 890.0f;
-  std::vector<AlignedBytes> scratch;
-  for (int i = 0; i < pool.size(); ++i) scratch.push_back(aligned_bytes(attention_scratch_bytes(shape.head_dim)));
+struct Load {
+  int32_t sequences, context, tokens;  // tokens of each sequence
 
-  AttentionArguments arguments{};
-  arguments.head_dim = shape.head_dim;
-  arguments.group = group;
-  arguments.q_scale = 0.1f;
-  arguments.q_stride = arguments.out_stride = shape.heads * shape.head_dim;
-  const int32_t rows = tokens * group, spans = (context + tokens + kSpanTokens - 1) / kSpanTokens;
-  const int32_t blocks = (rows + kQueryRows - 1) / kQueryRows;
-  size_t layer = 0;
-  const auto run = [&] {
-    uint8_t* keys = planes.get() + 2 * plane_bytes * (layer++ % layers);
-    arguments.cache = {KvElement::kF16, keys, keys + plane_bytes, page_bytes, head_bytes};
-    std::atomic<int32_t> next{0};
-    pool.run([&](int index, int) {
-      for (int32_t i; (i = next.fetch_add(1)) < blocks * shape.kv_heads;) {
-        const int32_t head = i % shape.kv_heads, begin = (blocks - 1 - i / shape.kv_heads) * kQueryRows;
-        const int32_t column = head * group * shape.head_dim;
-        const AttentionBlock block{table.data(), q.data() + column, out.data() + column, head, context, begin, std::min(rows, begin + kQueryRows)};
-        attention_kernels().attend(arguments, block, 0, spans, nullptr, scratch[static_cast<size_t>(index)].get());
-      }
-    });
-  };
-  double start = now();
-  run();
-  const int repeats = std::max(1, static_cast<int>(kSampleSeconds / (now() - start)));
-  const double seen = static_cast<double>(tokens) * context + static_cast<double>(tokens) * (tokens + 1) / 2;
-  const double operations = 4.0 * seen * shape.heads * shape.head_dim, bytes = 2.0 * (context + tokens) * shape.kv_heads * shape.head_dim * 2;
-  std::vector<double> seconds, of_bytes, of_operations;
-  Limits best{0, 0};
-  for (int sample = 0; sample < kSamples; ++sample) {
-    const Limits before = machine.measure();
-    start = now();
-    for (int i = 0; i < repeats; ++i) run();
-    seconds.push_back((now() - start) / repeats);
-    const Limits after = machine.measure();
-    const Limits limit{std::max(before.bytes, after.bytes), std::max(before.operations, after.operations)};
-    best = {std::max(best.bytes, limit.bytes), std::max(best.operations, limit.operations)};
-    of_bytes.push_back(bytes / seconds.back() / limit.bytes);
-    of_operations.push_back(operations / seconds.back() / limit.operations);
+  int32_t pages() const { return (context + tokens + kPageTokens - 1) / kPageTokens; }  // of each sequence
+  StepLimits limits() const { return {sequences * tokens, sequences, 1, pages() * kPageTokens}; }
+};
+
+// The step that computes the last tokens of every sequence, as src/tokenmill/program/step.py lays it.
+std::vector<int32_t> plan_of(const Load& load, bool random_pages) {
+  const int32_t tokens = load.sequences * load.tokens;
+  std::vector<int32_t> pages(static_cast<size_t>(load.sequences * load.pages()));
+  std::iota(pages.begin(), pages.end(), 0);
+  if (random_pages) std::shuffle(pages.begin(), pages.end(), std::mt19937(0));
+  std::vector<int32_t> plan{1, tokens, load.sequences, 0, 1, load.pages(), 0, 0};
+  plan.insert(plan.end(), static_cast<size_t>(tokens), 0);  // token ids
+  for (int section = 0; section < 2; ++section) {           // positions, slots
+    for (int32_t i = 0; i < tokens; ++i) plan.push_back(load.context + i % load.tokens);
   }
-  const double least = *std::min_element(seconds.begin(), seconds.end());
-  std::printf("context %5d tokens %4d  %9.1f us  %6.2f GB/s %5.1f %% (%5.1f)  %6.1f Gflop/s %5.1f %% (%5.1f)\n", context, tokens,
-              median(seconds) * 1e6, bytes / median(seconds) / 1e9, 100 * median(of_bytes), 100 * bytes / least / best.bytes,
-              operations / median(seconds) / 1e9, 100 * median(of_operations), 100 * operations / least / best.operations);
-  std::fflush(stdout);
+  for (int32_t s = 0; s <= load.sequences; ++s) plan.push_back(s * load.tokens);
+  plan.insert(plan.end(), pages.begin(), pages.end());
+  return plan;
+}
+
+// Layers of attention that share their operands.
+class Layers {
+ public:
+  Layers(const Shape& shape, const Load& load, int32_t layers, int threads) : executor_(load.limits(), 1, threads) {
+    const int32_t group = executor_.add_kv_group(
+        {layers, shape.kv_heads, shape.head_dim, 0, KvElement::kF16, load.sequences * load.pages()});
+    const Executor::ValueId q = floats(shape.heads * shape.head_dim), k = floats(shape.kv_heads * shape.head_dim);
+    const Executor::ValueId v = floats(shape.kv_heads * shape.head_dim), out = floats(shape.heads * shape.head_dim);
+    for (int32_t layer = 0; layer < layers; ++layer) executor_.add_attention(q, k, v, {out, {}}, layer, group, shape.heads, 0.1, 0.0);
+    executor_.prepare();
+    for (int plane = 0; plane < 2; ++plane) {  // small normal numbers
+      const size_t bytes = executor_.cache().page_bytes(group) * static_cast<size_t>(load.sequences * load.pages());
+      std::memset(executor_.cache().plane(group, plane), 0x2c, bytes);
+    }
+    for (const Executor::ValueId id : {q, k, v}) {
+      float* values = reinterpret_cast<float*>(executor_.memory(id));
+      const size_t count = executor_.value(id).row_bytes / sizeof(float) * static_cast<size_t>(load.sequences * load.tokens);
+      for (size_t i = 0; i < count; ++i) values[i] = static_cast<float>(i % 89) / 890.0f;
+    }
+  }
+
+  // Seconds of one layer, over the first `layers`.
+  double run(const std::vector<int32_t>& plan, int32_t layers) {
+    const double start = now();
+    executor_.run(plan, 0, layers);
+    return (now() - start) / layers;
+  }
+
+ private:
+  Executor::ValueId floats(int32_t width) {
+    const size_t row_bytes = activation_row_bytes(ActivationFormat::kF32, width);
+    const Executor::ValueId id = executor_.add_value({arena_, row_bytes, width, ActivationFormat::kF32, false});
+    arena_ += row_bytes * static_cast<size_t>(executor_.limits().tokens);
+    return id;
+  }
+
+  Executor executor_;
+  size_t arena_ = 0;
+};
+
+void bench(const Shape& shape, const Load& load, Machine& machine, int threads) {
+  const double slots = load.context + load.tokens, seen = load.tokens * (load.context + (load.tokens + 1) / 2.0);
+  const double bytes = load.sequences * slots * shape.kv_heads * shape.head_dim * 2 * sizeof(uint16_t);
+  const double operations = load.sequences * seen * shape.heads * shape.head_dim * 4;
+  const auto layers = static_cast<int32_t>(std::max(1.0, static_cast<double>(kRotatedBytes) / bytes));
+  Layers program(shape, load, layers, threads);
+  for (const bool random_pages : {true, false}) {
+    const std::vector<int32_t> plan = plan_of(load, random_pages);
+    program.run(plan, 1);
+    const auto count = static_cast<int32_t>(std::clamp(kSampleSeconds / program.run(plan, 1), 1.0, static_cast<double>(layers)));
+    std::vector<double> seconds, of_bytes, of_operations;
+    Limits best{0, 0};
+    for (int sample = 0; sample < kSamples; ++sample) {
+      const Limits before = machine.measure();
+      seconds.push_back(program.run(plan, count));
+      const Limits after = machine.measure();
+      const Limits limit{std::max(before.bytes, after.bytes), std::max(before.operations, after.operations)};
+      best = {std::max(best.bytes, limit.bytes), std::max(best.operations, limit.operations)};
+      of_bytes.push_back(bytes / seconds.back() / limit.bytes);
+      of_operations.push_back(operations / seconds.back() / limit.operations);
+    }
+    const double least = *std::min_element(seconds.begin(), seconds.end());
+    std::printf("%-10s %2d x %5d + %4d %-9s %9.1f us  %5.2f GB/s %5.1f %% (%5.1f)  %5.1f Gflop/s %5.1f %% (%5.1f)\n", shape.name,
+                load.sequences, load.context, load.tokens, random_pages ? "random" : "ascending", median(seconds) * 1e6,
+                bytes / median(seconds) / 1e9, 100 * median(of_bytes), 100 * bytes / least / best.bytes,
+                operations / median(seconds) / 1e9, 100 * median(of_operations), 100 * operations / least / best.operations);
+    std::fflush(stdout);
+  }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc < 7) {
-    std::fprintf(stderr, "usage: %s HEADS KV_HEADS HEAD_DIM THREADS CONTEXT TOKENS...\n", argv[0]);
+  const Shape* shape = nullptr;
+  for (const Shape& known : kShapes) {
+    if (argc > 5 && std::strcmp(argv[1], known.name) == 0) shape = &known;
+  }
+  if (shape == nullptr) {
+    std::fprintf(stderr, "usage: %s smollm2|qwen-0.5b|qwen-1.5b|gemma-270m THREADS SEQUENCES CONTEXT TOKENS...\n", argv[0]);
     return 2;
   }
-  const Shape shape{std::atoi(argv[1]), std::atoi(argv[2]), std::atoi(argv[3])};
-  ThreadPool pool(std::atoi(argv[4]));
+  ThreadPool pool(std::atoi(argv[2]));
   Machine machine(pool, false);
-  std::printf("path %s, %d threads, %d heads, %d KV heads, head size %d\n", isa_name(active_isa()).data(), pool.size(),
-              shape.heads, shape.kv_heads, shape.head_dim);
-  for (int i = 6; i < argc; ++i) bench(shape, std::atoi(argv[5]), std::atoi(argv[i]), pool, machine);
+  std::printf("path %s, %d threads\n", isa_name(active_isa()).data(), pool.size());
+  for (int i = 5; i < argc; ++i) bench(*shape, {std::atoi(argv[3]), std::atoi(argv[4]), std::atoi(argv[i])}, machine, pool.size());
 }
