@@ -10,7 +10,9 @@ constexpr int64_t kItemsPerThread = 4;
 // Multiply-adds below which a fork costs more than it saves: about 2 us.
 constexpr int64_t kSerialWork = 1 << 15;
 // Rows of a register tile.
-constexpr int32_t kRowUnit = 8;
+constexpr int32_t kRowUnit = 12;
+// Blocks of more rows only while every thread finds so many of them.
+constexpr int64_t kBlocksPerThread = 2;
 
 int32_t spans_of(int32_t slots) { return (slots + kSpanTokens - 1) / kSpanTokens; }
 
@@ -20,7 +22,7 @@ AttentionSchedule::AttentionSchedule(const Geometry& geometry, const StepLimits&
     : geometry_(geometry), threads_(threads) {
   const int64_t group = geometry.heads / geometry.kv_heads;
   const size_t most_blocks =
-      static_cast<size_t>(geometry.kv_heads * (limits.tokens * group / kQueryRows + limits.sequences + 1));
+      static_cast<size_t>(geometry.kv_heads * (limits.tokens * group / kWideQueryRows + limits.sequences + 1));
   const size_t most_cuts = static_cast<size_t>(threads) * static_cast<size_t>(threads);
   blocks_.reserve(most_blocks + most_cuts);
   items_.reserve(most_blocks + most_cuts + static_cast<size_t>(2 * kItemsPerThread * threads));
@@ -37,48 +39,63 @@ void AttentionSchedule::build(const StepPlan& plan) {
   items_.clear();
   split_ = false;
   const int32_t group = geometry_.heads / geometry_.kv_heads;
+  const int64_t shared_rows = int64_t{plan.tokens()} * geometry_.heads / (kBlocksPerThread * threads_);
+  const int32_t most_rows = static_cast<int32_t>(
+      std::clamp<int64_t>(shared_rows / kRowUnit * kRowUnit, kWideQueryRows, attention_block_rows(geometry_.head_dim)));
   int64_t spans = 0, work = 0;
   for (int32_t s = 0; s < plan.sequences(); ++s) {
     const int32_t first_slot = plan.slots()[plan.row_starts()[s]];
     const int32_t rows = (plan.row_starts()[s + 1] - plan.row_starts()[s]) * group;
-    const int32_t count = (rows + kQueryRows - 1) / kQueryRows;
-    // Late rows see the most slots, so they start first.
-    for (int32_t b = count - 1; b >= 0; --b) {
-      const int32_t row_begin = b * kQueryRows, row_end = std::min(rows, row_begin + kQueryRows);
+    const int32_t count = (rows + most_rows - 1) / most_rows;
+    for (int32_t b = 0; b < count; ++b) {
+      const int32_t row_begin = rows * b / count, row_end = rows * (b + 1) / count;
       const int32_t first = first_visible_slot(first_slot + row_begin / group, geometry_.window);
-      const int32_t last = first_slot + (row_end - 1) / group;
+      const int32_t end = first_slot + (row_end - 1) / group + 1;
       for (int32_t head = 0; head < geometry_.kv_heads; ++head) {
-        blocks_.push_back({s, head, row_begin, row_end, first / kSpanTokens, last / kSpanTokens + 1, -1});
-        spans += last / kSpanTokens + 1 - first / kSpanTokens;
-        work += static_cast<int64_t>(row_end - row_begin) * (last + 1 - first) * 2 * geometry_.head_dim;
+        blocks_.push_back({s, head, row_begin, row_end, first, end, first / kSpanTokens, spans_of(end), -1});
+        spans += spans_of(end) - first / kSpanTokens;
+        work += static_cast<int64_t>(row_end - row_begin) * (end - first) * 2 * geometry_.head_dim;
       }
     }
   }
   serial_ = threads_ == 1 || work < kSerialWork;
   const int64_t wanted = kItemsPerThread * threads_;
   const bool too_few = !serial_ && static_cast<int64_t>(blocks_.size()) < wanted;
-  const int32_t chunk = too_few ? static_cast<int32_t>((spans + wanted - 1) / wanted) : 0;
   const int64_t capacity = static_cast<int64_t>(records_.bytes() / sizeof(float));
-  int64_t used = 0;
+  int64_t used = 0, before = 0;  // floats; spans of the blocks so far
   whole_.clear();
   for (size_t i = 0; i < blocks_.size(); ++i) {
     Block& block = blocks_[i];
     const int32_t count = block.span_end - block.span_begin;
     const int64_t floats = static_cast<int64_t>(count) * (block.row_end - block.row_begin) *
                            attention_record_floats(geometry_.head_dim);
-    if (!too_few || count <= chunk || used + floats > capacity) {
-      if (too_few && count > chunk) whole_.push_back(static_cast<int32_t>(items_.size()));
-      items_.push_back({static_cast<int32_t>(i), block.span_begin, block.span_end});
+    // All spans, one block's after the other's, are cut into as many equal parts as are wanted, and at block borders.
+    int64_t part = before * wanted / spans + 1;
+    before += count;
+    if (!too_few || part * spans / wanted >= before || used + floats > capacity) {
+      if (too_few && count * wanted > spans) whole_.push_back(static_cast<int32_t>(items_.size()));
+      add_item(i, block.span_begin, block.span_end);
       continue;
     }
     split_ = true;
     block.records = used;
     used += floats;
-    for (int32_t span = block.span_begin; span < block.span_end; span += chunk) {
-      items_.push_back({static_cast<int32_t>(i), span, std::min(span + chunk, block.span_end)});
+    for (int32_t span = block.span_begin, next; span < block.span_end; span = next) {
+      next = block.span_end - static_cast<int32_t>(std::max<int64_t>(0, before - part++ * spans / wanted));
+      if (next > span) add_item(i, span, next);
     }
   }
   if (too_few) share_out_rest();
+  // The most work first, so that threads end together.
+  std::sort(items_.begin(), items_.end(), [](const Item& a, const Item& b) {
+    return a.work != b.work ? a.work > b.work : a.block != b.block ? a.block < b.block : a.span_begin < b.span_begin;
+  });
+}
+
+void AttentionSchedule::add_item(size_t index, int32_t span_begin, int32_t span_end) {
+  const Block& block = blocks_[index];
+  const int32_t slots = std::min(span_end * kSpanTokens, block.slot_end) - std::max(span_begin * kSpanTokens, block.slot_begin);
+  items_.push_back({static_cast<int32_t>(index), span_begin, span_end, static_cast<int64_t>(block.row_end - block.row_begin) * slots});
 }
 
 // Long blocks that cannot be split by spans, and are no multiple of the threads: the last ones are cut by rows, so that
@@ -86,17 +103,19 @@ void AttentionSchedule::build(const StepPlan& plan) {
 void AttentionSchedule::share_out_rest() {
   const size_t rest = whole_.size() % static_cast<size_t>(threads_);
   for (size_t i = whole_.size() - rest; i < whole_.size(); ++i) {
-    const size_t index = static_cast<size_t>(items_[static_cast<size_t>(whole_[i])].block);
+    Item& item = items_[static_cast<size_t>(whole_[i])];
+    const size_t index = static_cast<size_t>(item.block);
     const Block whole = blocks_[index];
     const int32_t wanted = (whole.row_end - whole.row_begin + threads_ - 1) / threads_;
     const int32_t part = (wanted + kRowUnit - 1) / kRowUnit * kRowUnit;
     blocks_[index].row_end = std::min(whole.row_begin + part, whole.row_end);
+    item.work = item.work * (blocks_[index].row_end - whole.row_begin) / (whole.row_end - whole.row_begin);
     for (int32_t row = whole.row_begin + part; row < whole.row_end; row += part) {
       Block cut = whole;
       cut.row_begin = row;
       cut.row_end = std::min(row + part, whole.row_end);
-      items_.push_back({static_cast<int32_t>(blocks_.size()), cut.span_begin, cut.span_end});
       blocks_.push_back(cut);
+      add_item(blocks_.size() - 1, cut.span_begin, cut.span_end);
     }
   }
 }
@@ -153,7 +172,14 @@ AttentionBlock AttentionOp::block_of(const StepContext& context, const Attention
           block.kv_head,
           context.plan.slots()[row],
           block.row_begin,
-          block.row_end};
+          block.row_end,
+          {}};
+}
+
+AttentionUpcoming AttentionOp::start_of(const StepContext& context, const AttentionSchedule::Item& item) const {
+  const AttentionSchedule::Block& block = schedule_->blocks()[static_cast<size_t>(item.block)];
+  return {context.plan.page_table(schedule_->geometry().group, block.sequence), block.kv_head,
+          std::max(block.slot_begin, item.span_begin * kSpanTokens), std::min(block.slot_end, item.span_end * kSpanTokens)};
 }
 
 void AttentionOp::attend(const StepContext& context, float* out) const {
@@ -161,8 +187,10 @@ void AttentionOp::attend(const StepContext& context, float* out) const {
   const std::vector<AttentionSchedule::Item>& items = schedule_->items();
   const int64_t record = attention_record_floats(arguments_.head_dim);
   std::atomic<size_t> next{0};
-  const auto work = [&](int index, int) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) {
+  // Every thread begins with an item of its own and knows the next one early, so that its first keys can be brought in.
+  const auto work = [&](int index, int count) {
+    for (size_t i = static_cast<size_t>(index), after; i < items.size(); i = after) {
+      after = static_cast<size_t>(count) + next.fetch_add(1, std::memory_order_relaxed);
       const AttentionSchedule::Item& item = items[i];
       const AttentionSchedule::Block& block = schedule_->blocks()[static_cast<size_t>(item.block)];
       float* records = nullptr;
@@ -170,7 +198,9 @@ void AttentionOp::attend(const StepContext& context, float* out) const {
         const int64_t skipped = static_cast<int64_t>(item.span_begin - block.span_begin) * (block.row_end - block.row_begin);
         records = schedule_->records() + block.records + skipped * record;
       }
-      kernels.attend(arguments_, block_of(context, block, out), item.span_begin, item.span_end, records, context.scratch(index));
+      AttentionBlock rows = block_of(context, block, out);
+      if (after < items.size()) rows.upcoming = start_of(context, items[after]);
+      kernels.attend(arguments_, rows, item.span_begin, item.span_end, records, context.scratch(index));
     }
   };
   if (schedule_->serial()) {

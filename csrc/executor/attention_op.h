@@ -22,12 +22,14 @@ class AttentionSchedule {
   struct Block {
     int32_t sequence, kv_head;
     int32_t row_begin, row_end;
+    int32_t slot_begin, slot_end;  // that any row sees
     int32_t span_begin, span_end;
     int64_t records;  // first float of its span records, or -1: one item attends to all spans
   };
   struct Item {
     int32_t block;
     int32_t span_begin, span_end;
+    int64_t work;  // rows times slots
   };
 
   AttentionSchedule(const Geometry& geometry, const StepLimits& limits, int threads);
@@ -44,6 +46,7 @@ class AttentionSchedule {
   size_t bytes() const { return records_.bytes(); }
 
  private:
+  void add_item(size_t block, int32_t span_begin, int32_t span_end);
   void share_out_rest();
 
   Geometry geometry_;
@@ -71,6 +74,7 @@ class AttentionOp final : public Op {
   void attend(const StepContext& context, float* out) const;
   void merge(const StepContext& context, float* out) const;
   AttentionBlock block_of(const StepContext& context, const AttentionSchedule::Block& block, float* out) const;
+  AttentionUpcoming start_of(const StepContext& context, const AttentionSchedule::Item& item) const;
 
   Value q_, k_, v_;
   RowOutputs outputs_;

@@ -16,7 +16,14 @@ enum class KvElement : int32_t { kF16 = 1, kBf16 = 2, kF32 = 3 };
 
 inline constexpr int32_t kPageTokens = 32;
 inline constexpr int32_t kSpanTokens = 256;
-inline constexpr int32_t kQueryRows = 64;  // of a row block, at most
+// Rows of a row block, at most: keys and values are converted once for all of them, and what a block works on fits into
+// a second-level cache of 1 MiB. Multiples of every path's register tiles.
+inline constexpr int32_t kQueryRows = 192, kWideQueryRows = 96;
+inline int32_t attention_block_rows(int32_t head_dim) { return head_dim > 128 ? kWideQueryRows : kQueryRows; }
+// Floats between rows of scores: an odd number of lines, or a tile's rows would fall into a few sets of the cache.
+inline constexpr int32_t kScoreStride = kSpanTokens + 16;
+// Values that are converted to floats at once: so many tokens, at most so many floats each.
+inline constexpr int32_t kColumnTokens = 128, kColumnFloats = 32;
 // Planes are allocated with this many readable bytes after the last element: the last vector of a value row whose
 // length is no multiple of 16 reads past it.
 inline constexpr size_t kPlaneSlack = 64;
@@ -43,6 +50,14 @@ struct AttentionArguments {
   int64_t out_stride;  // floats between tokens
 };
 
+// What a thread attends to after a block, if it is known: slots [slot_begin, slot_end) of a sequence. The first keys are
+// brought into the cache before the block is done.
+struct AttentionUpcoming {
+  const int32_t* pages = nullptr;  // null = not known
+  int32_t kv_head = 0;
+  int32_t slot_begin = 0, slot_end = 0;
+};
+
 // Rows [row_begin, row_end) of one sequence and KV head.
 struct AttentionBlock {
   const int32_t* pages;  // page of slots 32 i .. 32 i + 31
@@ -51,6 +66,7 @@ struct AttentionBlock {
   int32_t kv_head;
   int32_t first_slot;  // of token 0
   int32_t row_begin, row_end;
+  AttentionUpcoming upcoming = {};
 };
 
 // What one row knows after one span or several: unnormalized output, maximum and sum. Floats per record:

@@ -1,45 +1,13 @@
 #include "kernels/attention.h"
 
-#include "kernels/elementary.h"
-#include "kernels/simd.h"
+#include "kernels/per_isa/attention_tiles.h"
 
 namespace tokenmill::TM_ISA {
 namespace {
 
-// Register tiles. They decide which loads are shared, never the order of an output's additions.
-#if defined(TM_PATH_AVX512)
-constexpr int kRowTile = 8;
-constexpr int kKeyVectors = 2;
-constexpr int value_vectors(int rows) { return rows <= 4 ? 4 : 2; }
-#elif defined(TM_PATH_AVX2) || defined(TM_PATH_NEON)
-constexpr int kRowTile = 4;
-constexpr int kKeyVectors = 1;
-constexpr int value_vectors(int rows) { return rows <= 2 ? 2 : 1; }
-#else
-constexpr int kRowTile = 2;
-constexpr int kKeyVectors = 1;
-constexpr int value_vectors(int) { return 1; }
-#endif
-
-constexpr float kLog2e = 1.44269504088896340736f;
-
-// How a page's elements become floats. Pages that many rows share are first converted to a page of floats.
-struct F16Elements {
-  using Element = uint16_t;
-  static TM_INLINE F32x16 load16(const Element* p) { return load_f16(p); }
-};
-struct Bf16Elements {
-  using Element = uint16_t;
-  static TM_INLINE F32x16 load16(const Element* p) { return load_bf16(p); }
-};
-struct F32Elements {
-  using Element = float;
-  static TM_INLINE F32x16 load16(const Element* p) { return load(p); }
-};
-
 TM_INLINE int32_t padded(int32_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
-TM_INLINE int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
-TM_INLINE int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
+TM_INLINE constexpr int32_t least(int32_t a, int32_t b) { return a < b ? a : b; }
+TM_INLINE constexpr int32_t most(int32_t a, int32_t b) { return a > b ? a : b; }
 
 // ---- writing -------------------------------------------------------------------------------------------------------
 
@@ -73,147 +41,17 @@ void write(const KvLayer& cache, int32_t head_dim, int32_t kv_head, int32_t page
   }
 }
 
-// ---- scores --------------------------------------------------------------------------------------------------------
+// ---- records -------------------------------------------------------------------------------------------------------
 
-// scores[row][token] = sum over d, ascending in one fma chain from zero, of q[row][d] * key[d][token], for one page.
-// Brings the lines at `ahead` (the page's values) and `next` (the next page's keys) into the cache on the way.
-template <class Source, int kRows>
-void score_tile(const float* q, int32_t q_stride, const typename Source::Element* keys, int32_t head_dim, float* scores,
-                const uint8_t* ahead, const uint8_t* next) {
-  for (int32_t token = 0; token < kPageTokens; token += kLanes * kKeyVectors) {
-    F32x16 sums[kRows][kKeyVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = zero_f32();
-    }
-    const typename Source::Element* column = keys + token * head_dim;
-    for (int32_t d = 0; d < head_dim; ++d, column += kLanes) {
-      if (ahead != nullptr) prefetch(ahead + 64 * d);
-      if (next != nullptr) prefetch(next + 64 * d);
-      F32x16 key[kKeyVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < kKeyVectors; ++v) key[v] = Source::load16(column + v * head_dim * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const F32x16 query = set1(q[r * q_stride + d]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kKeyVectors; ++v) sums[r][v] = fma(query, key[v], sums[r][v]);
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kKeyVectors; ++v) store(scores + r * kSpanTokens + token + v * kLanes, sums[r][v]);
-    }
-  }
-}
-
-template <class Source, int kRows>
-TM_INLINE void score_rows(int rows, const float* q, int32_t q_stride, const typename Source::Element* keys,
-                          int32_t head_dim, float* scores, const uint8_t* ahead, const uint8_t* next) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return score_rows<Source, kRows - 1>(rows, q, q_stride, keys, head_dim, scores, ahead, next);
-  }
-  score_tile<Source, kRows>(q, q_stride, keys, head_dim, scores, ahead, next);
-}
-
-// Turns the scores of slots [begin, end) of a span, counted from its start, into P = exp2(score - maximum), and
-// writes maximum and sum of P. Vectors outside are not touched; inside, masked lanes become exactly 0.
-void normalize(float* scores, int32_t begin, int32_t end, float softcap, float* maximum, float* sum) {
-  const F32x16 nothing = set1(-__builtin_inff());
-  F32x16 highest = nothing;
-  const int32_t first = begin / kLanes * kLanes;
-  for (int32_t i = first; i < end; i += kLanes) {
-    F32x16 s = load(scores + i);
-    if (softcap > 0.0f || i < begin || end - i < kLanes) {
-      if (softcap > 0.0f) s = mul(mul(set1(softcap), tanh(div(s, set1(softcap)))), set1(kLog2e));
-      if (i < begin) s = keep_first(nothing, begin - i, s);
-      if (end - i < kLanes) s = keep_first(s, end - i, nothing);
-      store(scores + i, s);
-    }
-    highest = max(highest, s);
-  }
-  const float m = reduce_max(highest);
-  F32x16 total = zero_f32();
-  for (int32_t i = first; i < end; i += kLanes) {
-    const F32x16 p = exp2(sub(load(scores + i), set1(m)));
-    store(scores + i, p);
-    total = add(total, p);
-  }
-  *maximum = m;
-  *sum = reduce_add(total);
-}
-
-// ---- values --------------------------------------------------------------------------------------------------------
-
-// sums[row][d] += p[row][token] * value[token][d], tokens ascending, for kVectors vectors of dimensions.
-template <class Source, int kRows, int kVectors>
-TM_INLINE void value_tile(const float* p, const typename Source::Element* values, int32_t value_stride, int32_t tokens,
-                          float* sums, int32_t record, const uint8_t* ahead, int32_t lines) {
-  F32x16 sum[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(sums + r * record + v * kLanes);
-  }
-  for (int32_t t = 0; t < tokens; ++t, values += value_stride) {
-    if (ahead != nullptr) {
-      for (int32_t line = 0; line < lines; ++line, ahead += 64) prefetch(ahead);
-    }
-    F32x16 value[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) value[v] = Source::load16(values + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const F32x16 weight = set1(p[r * kSpanTokens + t]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums + r * record + v * kLanes, sum[r][v]);
-  }
-}
-
-template <class Source, int kRows>
-void value_all_dimensions(const float* p, const typename Source::Element* values, int32_t value_stride, int32_t tokens,
-                          int32_t vectors, float* sums, int32_t record, const uint8_t* ahead) {
-  constexpr int kVectors = value_vectors(kRows);
-  const int32_t lines = (value_stride * static_cast<int32_t>(sizeof(typename Source::Element)) + 63) / 64;
-  int32_t v = 0;
-  for (; v + kVectors <= vectors; v += kVectors) {
-    value_tile<Source, kRows, kVectors>(p, values + v * kLanes, value_stride, tokens, sums + v * kLanes, record, ahead, lines);
-    ahead = nullptr;
-  }
-  for (; v < vectors; ++v) {
-    value_tile<Source, kRows, 1>(p, values + v * kLanes, value_stride, tokens, sums + v * kLanes, record, ahead, lines);
-    ahead = nullptr;
-  }
-}
-
-template <class Source, int kRows>
-TM_INLINE void value_rows(int rows, const float* p, const typename Source::Element* values, int32_t value_stride,
-                          int32_t tokens, int32_t vectors, float* sums, int32_t record, const uint8_t* ahead) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) {
-      return value_rows<Source, kRows - 1>(rows, p, values, value_stride, tokens, vectors, sums, record, ahead);
-    }
-  }
-  value_all_dimensions<Source, kRows>(p, values, value_stride, tokens, vectors, sums, record, ahead);
-}
-
-// ---- one row block -------------------------------------------------------------------------------------------------
-
-// Merges `span` into `running`, both (unnormalized output, maximum, sum). The one function that does it.
+// Merges `span` into `running`, both (unnormalized output, maximum, sum). The one function that does it. The span's zeros
+// lose their sign: it would tell how many products of a zero P were added.
 TM_INLINE void merge_record(float* running, const float* span, int32_t width) {
   const F32x16 old_maximum = set1(running[width]), new_maximum = set1(span[width]);
   const F32x16 maximum = max(old_maximum, new_maximum);
   const F32x16 old_weight = exp2(sub(old_maximum, maximum)), new_weight = exp2(sub(new_maximum, maximum));
   for (int32_t d = 0; d < width; d += kLanes) {
-    store(running + d, fma(load(span + d), new_weight, mul(load(running + d), old_weight)));
+    const F32x16 added = add(load(span + d), zero_f32());
+    store(running + d, fma(added, new_weight, mul(load(running + d), old_weight)));
   }
   const F32x16 sum = fma(set1(span[width + 1]), new_weight, mul(set1(running[width + 1]), old_weight));
   store_first(running + width, maximum, 1);
@@ -232,6 +70,8 @@ TM_INLINE void write_output(const float* record, int32_t head_dim, float* out) {
     store_first(out + d, div(load(record + d), sum), least(kLanes, head_dim - d));
   }
 }
+
+// ---- one row block -------------------------------------------------------------------------------------------------
 
 // Where the rows of one block look; counted from the block's first row. A row is one head of a token, so that slots
 // ascend with the row, `group` rows a slot.
@@ -268,107 +108,180 @@ struct BlockRun {
   const AttentionBlock& block;
   Rows rows;
   int32_t count, width, record;
-  float *q, *scores, *spans, *running, *key_page, *value_page;
+  int32_t end_slot;  // of the item: behind the last slot that any row sees in its spans
+  // Many rows share keys and values that are converted to floats once; a few read the cache's elements.
+  bool shared;
+  int32_t tile_rows;  // of a tile of scores; the last may have fewer
+  float *q, *scores, *spans, *running, *key_page, *column;
 
-  BlockRun(const AttentionArguments& a, const AttentionBlock& b, uint8_t* scratch)
-      : arguments(a), block(b), rows(a.group, a.window, b), count(b.row_end - b.row_begin),
-        width(padded(a.head_dim)), record(attention_record_floats(a.head_dim)) {
+  BlockRun(const AttentionArguments& a, const AttentionBlock& b, int32_t span_end, uint8_t* scratch)
+      : arguments(a), block(b), rows(a.group, a.window, b), count(b.row_end - b.row_begin), width(padded(a.head_dim)),
+        record(attention_record_floats(a.head_dim)), end_slot(rows.clip_last(count - 1, span_end * kSpanTokens)),
+        shared(count > kDirectRows) {
+    const int32_t tiles = shared ? (count + kFloatRows - 1) / kFloatRows : 1;
+    tile_rows = (count + tiles - 1) / tiles;
     q = reinterpret_cast<float*>(scratch);
-    scores = q + kQueryRows * width;
-    spans = scores + kQueryRows * kSpanTokens;
-    running = spans + kQueryRows * record;
-    key_page = running + kQueryRows * record;
-    value_page = key_page + kPageTokens * width;
+    const int32_t most_rows = attention_block_rows(a.head_dim);
+    scores = q + most_rows * width;
+    spans = scores + most_rows * kScoreStride;
+    running = spans + most_rows * record;
+    key_page = running + most_rows * record;
+    column = key_page + kPageTokens * width;
   }
 
-  const Element* page(const uint8_t* plane, int32_t slot) const {
-    const size_t index = static_cast<size_t>(block.pages[slot / kPageTokens]);
+  const Element* page(const uint8_t* plane, int32_t slot, const int32_t* pages, int32_t kv_head) const {
+    const size_t index = static_cast<size_t>(pages[slot / kPageTokens]);
     return reinterpret_cast<const Element*>(plane + index * arguments.cache.page_stride +
-                                            static_cast<size_t>(block.kv_head) * arguments.cache.head_stride);
+                                            static_cast<size_t>(kv_head) * arguments.cache.head_stride);
+  }
+  const Element* keys_of(int32_t slot) const { return page(arguments.cache.keys, slot, block.pages, block.kv_head); }
+  const Element* values_of(int32_t slot) const { return page(arguments.cache.values, slot, block.pages, block.kv_head); }
+
+  // The page of keys that is read when all spans up to the one of `slot` are done, at the same place within its span;
+  // behind the item's end, those that its thread reads next.
+  const uint8_t* keys_after_span(int32_t slot) const {
+    const int32_t own = slot + kSpanTokens;
+    if (own < end_slot) return reinterpret_cast<const uint8_t*>(keys_of(own));
+    const AttentionUpcoming& next = block.upcoming;
+    const int32_t other = next.slot_begin / kPageTokens * kPageTokens + slot % kSpanTokens;
+    if (next.pages == nullptr || other >= next.slot_end) return nullptr;
+    return reinterpret_cast<const uint8_t*>(page(arguments.cache.keys, other, next.pages, next.kv_head));
   }
 
+  // q[tile][d][row of the tile]: what a tile reads lies together and needs one address.
   void scale_queries() {
-    for (int32_t r = 0; r < count; ++r) {
-      const int32_t row = block.row_begin + r;
-      const float* from = block.q + row / rows.group * arguments.q_stride + row % rows.group * arguments.head_dim;
-      for (int32_t d = 0; d < arguments.head_dim; d += kLanes) {
-        const int n = least(kLanes, arguments.head_dim - d);
-        store_first(q + r * width + d, mul(load_first(from + d, n), set1(arguments.q_scale)), n);
+    const int32_t stride = shared ? kFloatRows : kDirectRows, head_dim = arguments.head_dim;
+    float* tile = q;
+    for (int32_t first = 0; first < count; first += tile_rows, tile += stride * head_dim) {
+      for (int32_t i = 0; i < tile_rows && first + i < count; ++i) {
+        const int32_t row = block.row_begin + first + i;
+        const float* from = block.q + row / rows.group * arguments.q_stride + row % rows.group * head_dim;
+        const float scale = arguments.q_scale;
+        float* to = tile + i;
+        for (int32_t d = 0; d < head_dim; ++d, to += stride) *to = from[d] * scale;
       }
     }
   }
 
+  // The first lines of every 4 KiB of a page: enough for the hardware prefetcher, which stops at such borders, to start.
+  TM_INLINE void announce(const uint8_t* page) const {
+    constexpr int32_t kLines = 2;
+    const int32_t bytes = kPageTokens * arguments.head_dim * static_cast<int32_t>(sizeof(Element));
+    for (int32_t at = 0; at < bytes; at += 4096) {
+      for (int32_t line = 0; line < kLines; ++line) prefetch(page + at + 64 * line);
+    }
+  }
+
+  // Scores one page for all tiles of which a row sees it, and brings in its values and the next page's keys meanwhile.
   void score_page(int32_t span, int32_t slot, int32_t to_slot) {
     int32_t begin, end;
     rows.that_see(slot, slot + kPageTokens, &begin, &end);
-    const Element* keys = page(arguments.cache.keys, slot);
-    const uint8_t* values = reinterpret_cast<const uint8_t*>(page(arguments.cache.values, slot));
-    const int32_t after = slot + kPageTokens;
-    const uint8_t* next = after < to_slot ? reinterpret_cast<const uint8_t*>(page(arguments.cache.keys, after)) : nullptr;
-    const int32_t head_dim = arguments.head_dim;
+    const int32_t after = slot + kPageTokens, head_dim = arguments.head_dim;
+    const Element* keys = keys_of(slot);
+    const uint8_t* values = reinterpret_cast<const uint8_t*>(values_of(slot));
+    const uint8_t* next = after < to_slot ? reinterpret_cast<const uint8_t*>(keys_of(after)) : nullptr;
+    if (after < to_slot) announce(reinterpret_cast<const uint8_t*>(values_of(after)));
     float* to = scores + (slot - span);
-    const bool convert = sizeof(Element) < 4 && end - begin > kRowTile;
-    if (convert) {
-      for (int32_t i = 0; i < kPageTokens * head_dim; i += kLanes) store(key_page + i, Source::load16(keys + i));
+    if (!shared) {
+      score_rows<Source, kDirectRows, kDirectRows>(end - begin, q + begin, keys, head_dim, to + begin * kScoreStride, values, next);
+      return;
     }
-    while (begin < end) {
-      const int n = next_tile(begin, end);
-      if (convert) {
-        score_rows<F32Elements, kRowTile>(n, q + begin * width, width, key_page, head_dim, to + begin * kSpanTokens, nullptr, nullptr);
-      } else {
-        score_rows<Source, kRowTile>(n, q + begin * width, width, keys, head_dim, to + begin * kSpanTokens, values, next);
-        next = nullptr;
+    convert_keys<Source>(keys, head_dim, key_page);
+    for (int32_t first = begin / tile_rows * tile_rows; first < end; first += tile_rows) {
+      const float* tile = q + first / tile_rows * kFloatRows * head_dim;
+      score_rows<F32Elements, kFloatRows, kFloatRows>(least(tile_rows, count - first), tile, key_page, head_dim,
+                                                      to + first * kScoreStride, values, next);
+      values = next = nullptr;
+    }
+  }
+
+  // Turns the span's scores into P, row by row; rows in groups, so that one's horizontal maximum overlaps with the others'.
+  void normalize(int32_t span, float* results, int32_t begin, int32_t end, const uint8_t* ahead) {
+    constexpr int32_t kTogether = 8;
+    const int32_t span_end = span + kSpanTokens;
+    int32_t lines = kPageTokens * arguments.head_dim * static_cast<int32_t>(sizeof(Element)) / 64;
+    for (int32_t first = begin; first < end; first += kTogether) {
+      const int32_t n = least(kTogether, end - first);
+      F32x16 lanes[kTogether];
+      for (int32_t i = 0; i < n; ++i) {
+        const int32_t r = first + i;
+        lanes[i] = mask_scores(scores + r * kScoreStride, rows.clip_first(r, span) - span, rows.clip_last(r, span_end) - span,
+                               arguments.softcap);
       }
-      begin += n;
+      for (int32_t i = 0; i < n; ++i) results[(first + i) * record + width] = reduce_max(lanes[i]);
+      for (int32_t i = 0; i < n; ++i) {
+        const int32_t r = first + i;
+        lanes[i] = exponentiate(scores + r * kScoreStride, rows.clip_first(r, span) - span, rows.clip_last(r, span_end) - span,
+                                results[r * record + width], scores + (r + kTogether) * kScoreStride, ahead);
+        lines -= kSpanTokens / kLanes;
+        if (ahead != nullptr) ahead = lines > 0 ? ahead + 64 * (kSpanTokens / kLanes) : nullptr;
+      }
+      for (int32_t i = 0; i < n; ++i) results[(first + i) * record + width + 1] = reduce_add(lanes[i]);
     }
   }
 
-  // Rows of the next tile: all that are left, or full tiles, or two halves rather than a full tile and a small rest.
-  static TM_INLINE int next_tile(int32_t begin, int32_t end) {
-    const int32_t left = end - begin;
-    if (left <= kRowTile) return left;
-    return left < 2 * kRowTile ? (left + 1) / 2 : kRowTile;
-  }
-
-  template <class From>
-  void add_values(int32_t span, int32_t slot, int32_t begin, int32_t end, const typename From::Element* values,
-                  int32_t stride, float* results, const uint8_t* ahead) {
-    const int32_t vectors = width / kLanes;
-    const auto run = [&](int32_t r, int n, int32_t from, int32_t to) {
-      if (from >= to) return;
-      value_rows<From, kRowTile>(n, scores + r * kSpanTokens + (from - span), values + (from - slot) * stride, stride,
-                                 to - from, vectors, results + r * record, record, ahead);
+  // Calls add(row, n, from, to) for tiles of at most `full` of the rows [begin, end), so that each row gets its slots of
+  // [slot, slot_end) in order: those that all rows of a tile see together, what a token sees before and after them alone.
+  template <class Add>
+  TM_INLINE void for_tiles(int32_t begin, int32_t end, int full, int32_t slot, int32_t slot_end, const Add& add) {
+    const auto by_token = [&](int32_t row, int n, const auto& from, const auto& to) {
+      for (int i = 0, heads; i < n; i += heads) {
+        heads = 1;
+        while (i + heads < n && rows.slots[row + i + heads] == rows.slots[row + i]) ++heads;
+        if (from(row + i) < to(row + i)) add(row + i, heads, from(row + i), to(row + i));
+      }
     };
-    while (begin < end) {
-      const int n = next_tile(begin, end);
-      const int32_t row = begin, last = row + n - 1, page_end = slot + kPageTokens;
-      // Slots that all rows of the tile see; what one sees before and after them it reads alone.
-      const int32_t from = rows.clip_first(last, slot), to = rows.clip_last(row, page_end);
+    const auto first = [&](int32_t row) { return rows.clip_first(row, slot); };
+    const auto last = [&](int32_t row) { return rows.clip_last(row, slot_end); };
+    for (int n; begin < end; begin += n) {
+      n = next_tile(end - begin, full);
+      const int32_t from = first(begin + n - 1), to = last(begin);
       if (from < to) {
-        for (int i = 0; i < n; ++i) run(begin + i, 1, rows.clip_first(row + i, slot), from);
-        run(begin, n, from, to);
-        for (int i = 0; i < n; ++i) run(begin + i, 1, to, rows.clip_last(row + i, page_end));
+        by_token(begin, n, first, [&](int32_t) { return from; });
+        add(begin, n, from, to);
+        by_token(begin, n, [&](int32_t) { return to; }, last);
       } else {
-        for (int i = 0; i < n; ++i) run(begin + i, 1, rows.clip_first(row + i, slot), rows.clip_last(row + i, page_end));
+        by_token(begin, n, first, last);
       }
-      begin += n;
     }
   }
 
-  void value_page_sums(int32_t span, int32_t slot, float* results, const uint8_t* ahead) {
+  // Adds P·V of one page, from the cache's elements.
+  void add_page(int32_t span, int32_t slot, float* results) {
     int32_t begin, end;
     rows.that_see(slot, slot + kPageTokens, &begin, &end);
-    const Element* values = page(arguments.cache.values, slot);
-    if (sizeof(Element) < 4 && end - begin > kRowTile) {
-      for (int32_t t = 0; t < kPageTokens; ++t) {
-        for (int32_t d = 0; d < width; d += kLanes) {
-          store(value_page + t * width + d, Source::load16(values + t * arguments.head_dim + d));
-        }
-      }
-      add_values<F32Elements>(span, slot, begin, end, value_page, width, results, nullptr);
-    } else {
-      add_values<Source>(span, slot, begin, end, values, arguments.head_dim, results, ahead);
+    const Element* values = values_of(slot);
+    const uint8_t* ahead = keys_after_span(slot);
+    if ((slot + kPageTokens) % kSpanTokens != 0) {
+      if (const uint8_t* coming = keys_after_span(slot + kPageTokens)) announce(coming);
     }
+    const int32_t stride = arguments.head_dim;
+    for_tiles(begin, end, kDirectRows, slot, slot + kPageTokens, [&](int32_t row, int n, int32_t from, int32_t to) {
+      value_rows<Source, kDirectRows>(n, scores + row * kScoreStride + (from - span), values + (from - slot) * stride, stride,
+                                      to - from, width / kLanes, results + row * record, record, ahead);
+    });
+  }
+
+  // Adds P·V of slots [slot, to), at most kColumnTokens, for kVectors vectors of dimensions from `d` on. The column of
+  // floats stays in the first-level cache while all rows pass by.
+  template <int kVectors>
+  void add_column(int32_t span, int32_t slot, int32_t to, int32_t d, float* results) {
+    constexpr int32_t kColumnWidth = kVectors * kLanes;
+    int32_t begin, end;
+    rows.that_see(slot, to, &begin, &end);
+    for (int32_t from = slot; from < to; from += kPageTokens) {
+      convert_column<Source, kVectors>(values_of(from) + d, arguments.head_dim, column + (from - slot) * kColumnWidth);
+    }
+    for_tiles(begin, end, kFloatRows, slot, to, [&](int32_t row, int n, int32_t from, int32_t until) {
+      column_rows<kFloatRows, kVectors>(n, scores + row * kScoreStride + (from - span), column + (from - slot) * kColumnWidth,
+                                        until - from, results + row * record + d, record);
+    });
+  }
+
+  void add_columns(int32_t span, int32_t slot, int32_t to, float* results) {
+    int32_t d = 0;
+    for (; d + kColumnVectors * kLanes <= width; d += kColumnVectors * kLanes) add_column<kColumnVectors>(span, slot, to, d, results);
+    for (; d < width; d += kLanes) add_column<1>(span, slot, to, d, results);
   }
 
   // Results of one span for rows [begin, end), which are those that see any of it.
@@ -376,25 +289,16 @@ struct BlockRun {
     const int32_t span = span_index * kSpanTokens, span_end = span + kSpanTokens;
     const int32_t from = rows.clip_first(begin, span) / kPageTokens * kPageTokens;
     const int32_t to = rows.clip_last(end - 1, span_end);
-    const int32_t block_end = rows.slots[count - 1] + 1;
     for (int32_t slot = from; slot < to; slot += kPageTokens) score_page(span, slot, to);
-    for (int32_t r = begin; r < end; ++r) {
-      float* result = results + r * record;
-      clear_record(result, width);
-      normalize(scores + r * kSpanTokens, rows.clip_first(r, span) - span, rows.clip_last(r, span_end) - span,
-                arguments.softcap, result + width, result + width + 1);
+    for (int32_t r = begin; r < end; ++r) clear_record(results + r * record, width);
+    normalize(span, results, begin, end, keys_after_span(from));
+    if (!shared) {
+      for (int32_t slot = from; slot < to; slot += kPageTokens) add_page(span, slot, results);
+      return;
     }
-    for (int32_t slot = from; slot < to; slot += kPageTokens) {
-      const int32_t next = slot + kSpanTokens;  // the next span's keys
-      const uint8_t* ahead = next < block_end ? reinterpret_cast<const uint8_t*>(page(arguments.cache.keys, next)) : nullptr;
-      value_page_sums(span, slot, results, ahead);
-    }
-    // Zeros lose their sign here: it would tell how many products of a zero P were added.
-    for (int32_t r = begin; r < end; ++r) {
-      for (int32_t d = 0; d < width; d += kLanes) {
-        float* sum = results + r * record + d;
-        store(sum, add(load(sum), zero_f32()));
-      }
+    for (int32_t slot = from, next; slot < to; slot = next) {
+      next = slot / kColumnTokens * kColumnTokens + kColumnTokens;
+      add_columns(span, slot, least(next, to), results);
     }
   }
 
@@ -426,11 +330,11 @@ void attend(const AttentionArguments& arguments, const AttentionBlock& block, in
             float* records, uint8_t* scratch) {
   switch (arguments.cache.element) {
     case KvElement::kF16:
-      return BlockRun<F16Elements>(arguments, block, scratch).run(span_begin, span_end, records);
+      return BlockRun<F16Elements>(arguments, block, span_end, scratch).run(span_begin, span_end, records);
     case KvElement::kBf16:
-      return BlockRun<Bf16Elements>(arguments, block, scratch).run(span_begin, span_end, records);
+      return BlockRun<Bf16Elements>(arguments, block, span_end, scratch).run(span_begin, span_end, records);
     case KvElement::kF32:
-      return BlockRun<F32Elements>(arguments, block, scratch).run(span_begin, span_end, records);
+      return BlockRun<F32Elements>(arguments, block, span_end, scratch).run(span_begin, span_end, records);
   }
 }
 
