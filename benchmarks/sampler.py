@@ -55,9 +55,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=9)
     arguments = parser.parse_args()
     vocabulary = arguments.vocabulary
-    sampler = _native.Sampler(vocabulary, 1)
-    history = np.random.default_rng(2).integers(0, vocabulary, size=4000).astype(np.int32)
-    first, prompt = np.zeros(1, np.int32), np.array([2000], np.int32)
+    sampler = _native.Sampler(vocabulary, _native.ThreadPool(1))
+    tokens = np.random.default_rng(2).integers(0, vocabulary, size=4000).astype(np.int32)
     print(f"{'row':14s}" + "".join(f"{name:>11s}" for name in SETTINGS))
     for name, row in rows(vocabulary).items():
         logits = np.ascontiguousarray(row[None], np.float32)
@@ -65,9 +64,10 @@ def main() -> None:
         for settings in SETTINGS.values():
             least = float("inf")
             for seed in range(arguments.samples):
-                request = [_native.SamplerSettings(seed=seed, **settings)]  # type: ignore[arg-type]
+                own = _native.SamplerSettings(seed=seed, **settings)  # type: ignore[arg-type]
+                output = [_native.TokenHistory(own, tokens, 2000)]
                 start = time.perf_counter()
-                sampler.sample(logits, first, request, [history], prompt)
+                sampler.sample(logits, [0], output)
                 least = min(least, time.perf_counter() - start)
             times.append(least)
         print(f"{name:14s}" + "".join(f"{1e3 * each:11.2f}" for each in times), flush=True)

@@ -45,6 +45,7 @@ NB_MODULE(_native, m) {
   m.def("set_active_isa", [](const std::string& name) { set_active_isa(isa_from_name(name)); },
         "Switches the path in use, for tests and benchmarks. Not while a step runs.");
   m.def("usable_cpu_count", &usable_cpu_count, "Threads allowed by the affinity mask and the cgroup's CPU quota.");
+  bind_thread_pool(m);  // executor and sampler take one
   bind_bpe(m);
   bind_executor(m);
   bind_gguf(m);
@@ -52,5 +53,4 @@ NB_MODULE(_native, m) {
   bind_pointwise(m);
   bind_roofline(m);
   bind_sampler(m);
-  bind_thread_pool(m);
 }

@@ -2,9 +2,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <memory>
 #include <optional>
 #include <span>
 #include <string>
@@ -24,7 +26,13 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Id = Executor::ValueId;
 
 std::span<const float> as_span(const Floats& array) { return {array.data(), array.shape(0)}; }
-std::span<const int32_t> as_span(const Words& array) { return {array.data(), array.shape(0)}; }
+
+// The words of a step plan. Finding the memory of a Python array costs as much as a small kernel; one plan serves many
+// steps.
+struct PlanWords {
+  Words array;
+  std::span<const int32_t> span() const { return {array.data(), array.shape(0)}; }
+};
 
 // A packed matrix, and the array that keeps its memory alive.
 struct Matrix {
@@ -46,8 +54,9 @@ struct BoundExecutor {
   std::vector<Bytes> matrices;
   std::vector<Floats> vectors;
 
-  BoundExecutor(int32_t tokens, int32_t sequences, int32_t sampled, int32_t context, int32_t vocab_size, int threads)
-      : executor({tokens, sequences, sampled, context}, vocab_size, threads) {}
+  BoundExecutor(int32_t tokens, int32_t sequences, int32_t sampled, int32_t context, int32_t vocab_size,
+                std::shared_ptr<ThreadPool> pool)
+      : executor({tokens, sequences, sampled, context}, vocab_size, std::move(pool)) {}
 
   void add_linear_group(const std::vector<Part>& parts) {
     std::vector<Executor::Part> lowered;
@@ -106,9 +115,11 @@ void bind_executor(nb::module_& m) {
         new (self) Part{x, matrix, out, std::move(bias), residual};
       }, "x"_a, "matrix"_a, "out"_a, "bias"_a.none(), "residual"_a.none());
 
+  nb::class_<PlanWords>(m, "PlanWords", "The buffer of a step plan, in place.").def(nb::init<Words>(), "buffer"_a);
+
   nb::class_<BoundExecutor>(m, "Executor", "Runs a program, step by step. Build it op by op, prepare it, run it.")
-      .def(nb::init<int32_t, int32_t, int32_t, int32_t, int32_t, int>(), "tokens"_a, "sequences"_a, "sampled"_a, "context"_a,
-           "vocab_size"_a, "threads"_a)
+      .def(nb::init<int32_t, int32_t, int32_t, int32_t, int32_t, std::shared_ptr<ThreadPool>>(), "tokens"_a, "sequences"_a,
+           "sampled"_a, "context"_a, "vocab_size"_a, "pool"_a)
       .def("add_kv_group", [](BoundExecutor& self, int32_t layers, int32_t kv_heads, int32_t head_dim, std::optional<int32_t> window,
                               int element, int32_t pages) {
         return self.executor.add_kv_group({layers, kv_heads, head_dim, window.value_or(0), static_cast<KvElement>(element), pages});
@@ -143,20 +154,24 @@ void bind_executor(nb::module_& m) {
       .def("add_gather_sampled", [](BoundExecutor& self, Id x, Id out) { self.executor.add_gather_sampled(x, out); }, "x"_a, "out"_a)
       .def("add_quantize", [](BoundExecutor& self, Id x, Id out) { self.executor.add_quantize(x, out); }, "x"_a, "out"_a)
       .def("prepare", [](BoundExecutor& self) { self.executor.prepare(); })
-      .def("run", [](BoundExecutor& self, const Words& plan, int32_t first, int32_t last) {
-        const std::span<const int32_t> words = as_span(plan);
+      .def("run", [](BoundExecutor& self, const PlanWords& plan, int32_t first, int32_t last) {
         const nb::gil_scoped_release release;
-        self.executor.run(words, first, last);
+        self.executor.run(plan.span(), first, last);
       }, "plan"_a, "first"_a, "last"_a, "Executes ops [first, last) without the GIL. Raises ValueError for a bad plan.")
-      .def("run_timed", [](BoundExecutor& self, const Words& plan) {
-        const std::span<const int32_t> words = as_span(plan);
+      .def("run_timed", [](BoundExecutor& self, const PlanWords& plan) {
+        Executor::Times times;
+        {
+          const nb::gil_scoped_release release;
+          times = self.executor.run_timed(plan.span());
+        }
+        const ThreadPool::ForkTimes& forks = times.forks;
+        return nb::make_tuple(std::move(times.laps), forks.forks, forks.joining, forks.waiting);
+      }, "plan"_a, "Executes all ops without the GIL; seconds of preparing the step, then of each op; how many forks there\n"
+                   "were, the seconds that they took beside their longest shares, and thread-seconds without work in them.",
+           nb::sig("def run_timed(self, plan: PlanWords) -> tuple[list[float], int, float, float]"))
+      .def("diagnose", [](BoundExecutor& self, const PlanWords& plan, int32_t sampled_row) {
         const nb::gil_scoped_release release;
-        return self.executor.run_timed(words);
-      }, "plan"_a, "Executes all ops without the GIL; seconds of preparing the step, then of each op.")
-      .def("diagnose", [](BoundExecutor& self, const Words& plan, int32_t sampled_row) {
-        const std::span<const int32_t> words = as_span(plan);
-        const nb::gil_scoped_release release;
-        return self.executor.diagnose(words, sampled_row);
+        return self.executor.diagnose(plan.span(), sampled_row);
       }, "plan"_a, "sampled_row"_a, "Index of the first op with a non-finite result, or -1.")
       .def("value", [](nb::handle self, Id id, int32_t rows) { return value_view(self, id, rows); }, "id"_a, "rows"_a)
       .def("kv_plane", [](nb::handle self, int32_t group, int32_t plane) { return kv_plane(self, group, plane); }, "group"_a, "plane"_a)

@@ -4,12 +4,22 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <variant>
+#include <vector>
 
 #include "kernels/philox.h"
 
@@ -21,19 +31,29 @@ namespace {
 using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ids = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-template <class T>
-struct OwnedArray {
-  T* data;
-  nb::object array;
+// What the sampler has to know of one output.
+struct TokenHistory {
+  const SamplerSettings& settings;
+  std::vector<int32_t> tokens;
+  int32_t prompt_tokens;
+
+  TokenHistory(const SamplerSettings& own, const Ids& ids, int32_t prompt)
+      : settings(own), tokens(ids.data(), ids.data() + ids.shape(0)), prompt_tokens(prompt) {
+    if (prompt < 0 || static_cast<size_t>(prompt) > tokens.size()) {
+      throw nb::value_error("prompt_tokens exceeds the sequence's tokens");
+    }
+  }
 };
 
-template <class T>
-OwnedArray<T> new_array(std::vector<size_t> shape) {
-  size_t count = 1;
-  for (const size_t extent : shape) count *= extent;
-  T* data = new T[count == 0 ? 1 : count]();
-  nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return {data, nb::cast(nb::ndarray<nb::numpy, T>(data, shape.size(), shape.data(), owner))};
+// A copy of tokens [begin, end).
+nb::object copy_tokens(const TokenHistory& history, size_t begin, size_t end) {
+  if (begin > end || end > history.tokens.size()) throw nb::index_error("tokens outside of the history");
+  auto copied = std::make_unique<std::vector<int32_t>>(history.tokens.begin() + static_cast<ptrdiff_t>(begin),
+                                                       history.tokens.begin() + static_cast<ptrdiff_t>(end));
+  const size_t shape[1] = {end - begin};
+  int32_t* data = copied->data();
+  nb::capsule owner(copied.release(), [](void* p) noexcept { delete static_cast<std::vector<int32_t>*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, int32_t>(data, 1, shape, owner));
 }
 
 void check_ids(const int32_t* ids, size_t count, int64_t vocabulary, const char* what) {
@@ -56,61 +76,76 @@ const float* row_of(const Logits& logits, int32_t row, const Sampler& sampler) {
   return logits.data() + static_cast<size_t>(row) * logits.shape(1);
 }
 
-// The result arrays of a call; filled while the GIL is released.
-struct Results {
+// What a call found, row by row; filled while the GIL is released. Python objects are made of what is asked for: most
+// steps want the ids and nothing else.
+class Samples {
+ public:
+  // `widths` holds how many best tokens each row wants.
+  explicit Samples(const std::vector<int32_t>& widths) : tokens(widths.size()), best(widths.size()) {
+    const auto total = static_cast<size_t>(std::accumulate(widths.begin(), widths.end(), int64_t{0}));
+    best_ids_.assign(total, -1);
+    best_logprobs_.resize(total);
+    size_t start = 0;
+    for (size_t row = 0; row < widths.size(); ++row) {
+      best[row] = {best_ids_.data() + start, best_logprobs_.data() + start, widths[row]};
+      start += static_cast<size_t>(widths[row]);
+    }
+  }
+  Samples(const Samples&) = delete;
+  Samples(Samples&&) = default;  // the vectors' memory stays where `best` points
+
+  std::vector<int32_t> ids() const {
+    return each([](const SampledToken& token) { return token.status == RowStatus::kOk ? token.id : -1; });
+  }
+  // Whether the ids are all that there is to know.
+  bool plain() const {
+    const auto usable = [](const SampledToken& token) { return token.status == RowStatus::kOk; };
+    return !with_logprobs && std::all_of(tokens.begin(), tokens.end(), usable);
+  }
+  std::vector<int32_t> status() const {
+    return each([](const SampledToken& token) { return static_cast<int32_t>(token.status); });
+  }
+  std::tuple<float, int32_t, std::vector<std::pair<int32_t, float>>> logprobs(size_t row) const {
+    if (row >= tokens.size()) throw nb::index_error("no such row");
+    std::vector<std::pair<int32_t, float>> pairs;
+    for (int32_t i = 0; i < best[row].n && best[row].ids[i] >= 0; ++i) pairs.emplace_back(best[row].ids[i], best[row].logprobs[i]);
+    return {tokens[row].logprob, tokens[row].rank, std::move(pairs)};
+  }
+
   std::vector<SampledToken> tokens;
   std::vector<BestTokens> best;
-  OwnedArray<int32_t> best_ids;
-  OwnedArray<float> best_logprobs;
+  bool with_logprobs = false;
 
-  Results(size_t rows, int32_t n)
-      : tokens(rows),
-        best(rows),
-        best_ids(new_array<int32_t>({rows, static_cast<size_t>(n)})),
-        best_logprobs(new_array<float>({rows, static_cast<size_t>(n)})) {
-    std::fill_n(best_ids.data, rows * static_cast<size_t>(n), -1);
-    for (size_t row = 0; row < rows; ++row) {
-      const size_t start = row * static_cast<size_t>(n);
-      best[row] = {best_ids.data + start, best_logprobs.data + start, n};
-    }
+ private:
+  template <class Get>
+  std::vector<int32_t> each(const Get& get) const {
+    std::vector<int32_t> found(tokens.size());
+    std::transform(tokens.begin(), tokens.end(), found.begin(), get);
+    return found;
   }
 
-  nb::tuple as_arrays() const {
-    const size_t rows = tokens.size();
-    auto ids = new_array<int32_t>({rows}), status = new_array<int32_t>({rows}), ranks = new_array<int32_t>({rows});
-    auto logprobs = new_array<float>({rows});
-    for (size_t row = 0; row < rows; ++row) {
-      ids.data[row] = tokens[row].id;
-      status.data[row] = static_cast<int32_t>(tokens[row].status);
-      logprobs.data[row] = tokens[row].logprob;
-      ranks.data[row] = tokens[row].rank;
-    }
-    return nb::make_tuple(ids.array, status.array, logprobs.array, ranks.array, best_ids.array, best_logprobs.array);
-  }
+  std::vector<int32_t> best_ids_;
+  std::vector<float> best_logprobs_;
 };
 
-nb::tuple sample(Sampler& sampler, const Logits& logits, const Ids& rows, const std::vector<const SamplerSettings*>& settings,
-                 const std::vector<Ids>& tokens, const Ids& prompt_tokens, const std::vector<std::optional<Ids>>& masks) {
-  const size_t count = rows.shape(0);
-  if (settings.size() != count || tokens.size() != count || prompt_tokens.shape(0) != count) {
-    throw nb::value_error("rows, settings, tokens and prompt_tokens must have the same length");
-  }
+Samples sample(Sampler& sampler, const Logits& logits, const std::vector<int32_t>& rows,
+               const std::vector<const TokenHistory*>& histories, const std::vector<std::optional<Ids>>& masks) {
+  const size_t count = rows.size();
+  if (histories.size() != count) throw nb::value_error("rows and histories must have the same length");
   if (!masks.empty() && masks.size() != count) throw nb::value_error("masks must be empty or as long as rows");
   const auto mask_words = static_cast<size_t>((sampler.vocabulary() + 31) / 32);
   std::vector<SampleRow> work(count);
-  int32_t widest = 0;
+  std::vector<int32_t> widths(count);
+  bool with_logprobs = false;
   for (size_t i = 0; i < count; ++i) {
-    if (settings[i] == nullptr) throw nb::value_error("settings holds None");
-    const SamplerSettings& own = *settings[i];
-    const std::span<const int32_t> history(tokens[i].data(), tokens[i].shape(0));
+    if (histories[i] == nullptr) throw nb::value_error("histories holds None");
+    const TokenHistory& history = *histories[i];
+    const SamplerSettings& own = history.settings;
     check_ids(own.bias_ids.data(), own.bias_ids.size(), sampler.vocabulary(), "logit_bias");
     check_ids(own.end_ids.data(), own.end_ids.size(), sampler.vocabulary(), "the set of end tokens");
     for (const auto& word : own.bad_words) check_ids(word.data(), word.size(), sampler.vocabulary(), "bad_words");
-    if (own.penalizes()) check_ids(history.data(), history.size(), sampler.vocabulary(), "the sequence");
-    if (prompt_tokens.data()[i] < 0 || static_cast<size_t>(prompt_tokens.data()[i]) > history.size()) {
-      throw nb::value_error("prompt_tokens exceeds the sequence's tokens");
-    }
-    work[i] = {row_of(logits, rows.data()[i], sampler), &own, history, prompt_tokens.data()[i]};
+    if (own.penalizes()) check_ids(history.tokens.data(), history.tokens.size(), sampler.vocabulary(), "the sequence");
+    work[i] = {row_of(logits, rows[i], sampler), &own, history.tokens, history.prompt_tokens};
     if (!masks.empty() && masks[i]) {
       if (masks[i]->shape(0) != mask_words) {
         throw nb::value_error(("a mask has " + std::to_string(masks[i]->shape(0)) + " words, the vocabulary takes " +
@@ -118,30 +153,36 @@ nb::tuple sample(Sampler& sampler, const Logits& logits, const Ids& rows, const 
       }
       work[i].mask = {masks[i]->data(), mask_words};
     }
-    widest = std::max(widest, own.logprobs);
+    widths[i] = std::max(own.logprobs, 0);
+    with_logprobs = with_logprobs || own.logprobs >= 0;
   }
-  Results results(count, widest);
-  for (size_t i = 0; i < count; ++i) results.best[i].n = std::max(settings[i]->logprobs, 0);
-  {
-    const nb::gil_scoped_release release;
-    sampler.sample(work, results.tokens, results.best);
-  }
-  return results.as_arrays();
+  Samples samples(widths);
+  samples.with_logprobs = with_logprobs;
+  const nb::gil_scoped_release release;
+  sampler.sample(work, samples.tokens, samples.best);
+  return samples;
 }
 
-nb::tuple score(Sampler& sampler, const Logits& logits, const Ids& rows, const Ids& targets, int32_t best) {
-  const size_t count = rows.shape(0);
-  if (targets.shape(0) != count) throw nb::value_error("rows and targets must have the same length");
+std::variant<std::vector<int32_t>, Samples> pick(Sampler& sampler, const Logits& logits, const std::vector<int32_t>& rows,
+                                                 const std::vector<const TokenHistory*>& histories,
+                                                 const std::vector<std::optional<Ids>>& masks) {
+  Samples samples = sample(sampler, logits, rows, histories, masks);
+  if (samples.plain()) return samples.ids();
+  return samples;
+}
+
+Samples score(Sampler& sampler, const Logits& logits, const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
+              int32_t best) {
+  const size_t count = rows.size();
+  if (targets.size() != count) throw nb::value_error("rows and targets must have the same length");
   if (best < 0) throw nb::value_error("best must not be negative");
   check_ids(targets.data(), count, sampler.vocabulary(), "targets");
   std::vector<const float*> work(count);
-  for (size_t i = 0; i < count; ++i) work[i] = row_of(logits, rows.data()[i], sampler);
-  Results results(count, best);
-  {
-    const nb::gil_scoped_release release;
-    sampler.score(work, {targets.data(), count}, results.tokens, results.best);
-  }
-  return results.as_arrays();
+  for (size_t i = 0; i < count; ++i) work[i] = row_of(logits, rows[i], sampler);
+  Samples samples(std::vector<int32_t>(count, best));
+  const nb::gil_scoped_release release;
+  sampler.score(work, targets, samples.tokens, samples.best);
+  return samples;
 }
 
 }  // namespace
@@ -173,15 +214,29 @@ void bind_sampler(nb::module_& m) {
            nb::arg("biases") = std::vector<float>{}, nb::arg("allowed") = std::vector<uint32_t>{},
            nb::arg("bad_words") = std::vector<std::vector<int32_t>>{}, nb::arg("logprobs") = -1);
 
+  nb::class_<TokenHistory>(m, "TokenHistory", "One output as the sampler sees it: its settings, and prompt and output so far.")
+      .def(nb::init<const SamplerSettings&, const Ids&, int32_t>(), nb::arg("settings"), nb::arg("tokens"),
+           nb::arg("prompt_tokens"), nb::keep_alive<1, 2>())
+      .def("append", [](TokenHistory& self, int32_t token) { self.tokens.push_back(token); }, nb::arg("token"))
+      .def("__len__", [](const TokenHistory& self) { return self.tokens.size(); })
+      .def("copy", &copy_tokens, nb::arg("begin"), nb::arg("end"), "Tokens begin .. end - 1. Raises IndexError.");
+
+  nb::class_<Samples>(m, "Samples", "What a sampler found, one entry for each row that it was given.")
+      .def_prop_ro("ids", &Samples::ids, "The picked (or given) tokens; -1 where a row cannot be used.")
+      .def_prop_ro("status", &Samples::status, "0, 1 (NaN or infinity in the row) or 2 (nothing may be picked).")
+      .def("logprobs", &Samples::logprobs, nb::arg("row"),
+           "Where they were wanted: the token's log-probability and rank, and the best tokens with theirs, most likely\n"
+           "first. Of the logits as given. Raises IndexError.");
+
   nb::class_<Sampler>(m, "Sampler", "Picks tokens from rows of logits; one caller at a time.")
-      .def(nb::init<int64_t, int>(), nb::arg("vocabulary"), nb::arg("threads") = 1)
+      .def(nb::init<int64_t, std::shared_ptr<ThreadPool>>(), nb::arg("vocabulary"), nb::arg("pool"))
       .def_prop_ro("scratch_bytes", &Sampler::scratch_bytes)
-      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"), nb::arg("settings"), nb::arg("tokens"), nb::arg("prompt_tokens"),
-           nb::arg("masks") = std::vector<std::optional<Ids>>{},
-           "Returns (ids, status, logprobs, ranks, best_ids, best_logprobs), each with one entry per element of `rows`.\n\n"
-           "`tokens` holds each sequence's prompt and output so far (int32). Status is 0, 1 (NaN or infinity in the row)\n"
-           "or 2 (nothing may be picked). Log-probabilities are of the logits as given. `masks` is empty, or holds for each\n"
-           "row None or one bit a token (int32, bit i % 32 of word i / 32): those without a bit cannot be picked.")
+      .def("sample", &sample, nb::arg("logits"), nb::arg("rows"), nb::arg("histories"), nb::arg("masks") = std::vector<std::optional<Ids>>{},
+           "One token for each element of `rows`, which are rows of `logits` [rows, vocabulary].\n\n"
+           "`masks` is empty, or holds for each row None or one bit a token (int32, bit i % 32 of word i / 32): those\n"
+           "without a bit cannot be picked.")
+      .def("pick", &pick, nb::arg("logits"), nb::arg("rows"), nb::arg("histories"), nb::arg("masks") = std::vector<std::optional<Ids>>{},
+           "Like `sample`; only the ids where there is no more to know: no log-probabilities, and no row that is unusable.")
       .def("score", &score, nb::arg("logits"), nb::arg("rows"), nb::arg("targets"), nb::arg("best") = 0,
            "Like `sample`, for given tokens: log-probability and rank of targets[i] in row rows[i], and its best tokens.");
 

@@ -1,4 +1,4 @@
-// Binds the thread pool for its tests: how often each thread ran, and in which floating-point environment.
+// Binds the thread pool, and for its tests how often each thread ran, and in which floating-point environment.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -54,7 +54,7 @@ std::vector<bool> default_environment(ThreadPool& pool) {
 void bind_thread_pool(nb::module_& m) {
   m.def("cgroup_cpu_quota", &cgroup_cpu_quota, "membership"_a, "mount"_a,
         "CPU quota, in CPUs, that /proc/self/cgroup and the cgroup mount at these places grant; inf if none.");
-  nb::class_<ThreadPool>(m, "ThreadPool", "The executor's thread pool, bound for tests.")
+  nb::class_<ThreadPool>(m, "ThreadPool", "The threads that executor and sampler run on; one caller at a time.")
       .def(nb::init<int>(), "threads"_a)
       .def_prop_ro("size", &ThreadPool::size)
       .def_prop_ro("pinned", &ThreadPool::pinned, "Whether every worker is bound to a core of its own.")

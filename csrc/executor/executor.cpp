@@ -25,8 +25,8 @@ size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * 
 
 }  // namespace
 
-Executor::Executor(const StepLimits& limits, int32_t vocab_size, int threads)
-    : limits_(limits), vocab_size_(vocab_size), pool_(threads) {
+Executor::Executor(const StepLimits& limits, int32_t vocab_size, std::shared_ptr<ThreadPool> pool)
+    : limits_(limits), vocab_size_(vocab_size), pool_(std::move(pool)) {
   require(limits.tokens > 0 && limits.sequences > 0 && limits.sampled > 0 && limits.context > 0 && vocab_size > 0,
           "step limits and vocabulary size must be positive");
 }
@@ -134,7 +134,7 @@ void Executor::add_attention(ValueId q, ValueId k, ValueId v, const Outputs& out
   const AttentionSchedule::Geometry geometry{group, heads, spec.kv_heads, spec.head_dim, spec.window};
   auto schedule = std::find_if(schedules_.begin(), schedules_.end(), [&](const auto& s) { return s->geometry() == geometry; });
   if (schedule == schedules_.end()) {
-    schedules_.push_back(std::make_unique<AttentionSchedule>(geometry, limits_, pool_.size()));
+    schedules_.push_back(std::make_unique<AttentionSchedule>(geometry, limits_, pool_->size()));
     schedule = schedules_.end() - 1;
   }
   add(std::make_unique<AttentionOp>(value(q), value(k), value(v), row_outputs(value(q), outputs), cache_.layer(group, layer),
@@ -182,11 +182,11 @@ void Executor::prepare() {
   spare_rows_ = Mapping(spare * sizeof(float));
   // Whole pages, so that no two threads write to one cache line.
   thread_scratch_bytes_ = round_up(scratch, 4096);
-  thread_scratch_ = Mapping(thread_scratch_bytes_ * static_cast<size_t>(pool_.size()));
+  thread_scratch_ = Mapping(thread_scratch_bytes_ * static_cast<size_t>(pool_->size()));
   const int64_t table = static_cast<int64_t>(limits_.context + kPageTokens - 1) / kPageTokens;
   live_plan_.reserve(static_cast<size_t>(16 + int64_t{3} * limits_.tokens + limits_.sequences + limits_.sampled +
                                          cache_.groups() * limits_.sequences * table));
-  for (const auto& op : ops_) reads_.push_back(op->first_reads(pool_.size()));
+  for (const auto& op : ops_) reads_.push_back(op->first_reads(pool_->size()));
   ahead_.assign(ops_.size(), nullptr);
   // Backwards and twice around: after the last weights come the next step's first.
   const ThreadPool::Stretch* next = nullptr;
@@ -206,7 +206,7 @@ StepPlan Executor::read(std::span<const int32_t> plan) const {
 }
 
 StepContext Executor::context(const StepPlan& plan) {
-  return {plan, pool_, cache_, arena_.data(), thread_scratch_.data(), thread_scratch_bytes_,
+  return {plan, *pool_, cache_, arena_.data(), thread_scratch_.data(), thread_scratch_bytes_,
           reinterpret_cast<float*>(spare_rows_.data()), nullptr};
 }
 
@@ -216,7 +216,7 @@ void Executor::start(const StepContext& context) {
 }
 
 void Executor::run_op(const StepContext& context, int32_t index) {
-  pool_.read_ahead(ahead_[static_cast<size_t>(index)]);
+  pool_->read_ahead(ahead_[static_cast<size_t>(index)]);
   ops_[static_cast<size_t>(index)]->run(context);
 }
 
@@ -236,10 +236,10 @@ void Executor::run(std::span<const int32_t> words, int32_t first, int32_t last) 
   for (int32_t i = first; i < last; ++i) run_op(step, i);
 }
 
-std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
+Executor::Times Executor::run_timed(std::span<const int32_t> words) {
   using Clock = std::chrono::steady_clock;
-  std::vector<double> seconds;
-  seconds.reserve(ops_.size() + 1);
+  Times times;
+  times.laps.reserve(ops_.size() + 1);
   const std::lock_guard<std::mutex> lock(running_);
   const StepPlan plan = read(words);
   live_plan_.assign(words.begin(), words.end());
@@ -247,9 +247,10 @@ std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
   Clock::time_point before = Clock::now();
   const auto lap = [&] {
     const Clock::time_point now = Clock::now();
-    seconds.push_back(std::chrono::duration<double>(now - before).count());
+    times.laps.push_back(std::chrono::duration<double>(now - before).count());
     before = now;
   };
+  pool_->time_forks(&times.forks);
   const StepContext step = context(plan);
   start(step);
   lap();
@@ -257,7 +258,8 @@ std::vector<double> Executor::run_timed(std::span<const int32_t> words) {
     run_op(step, i);
     lap();
   }
-  return seconds;
+  pool_->time_forks(nullptr);
+  return times;
 }
 
 int32_t Executor::diagnose(std::span<const int32_t> words, int32_t sampled_row) {

@@ -37,8 +37,11 @@ class Executor {
     std::vector<ValueId> copies;
   };
 
-  // `threads` as for ThreadPool. Throws std::invalid_argument if a limit is not positive.
-  Executor(const StepLimits& limits, int32_t vocab_size, int threads);
+  // Throws std::invalid_argument if a limit is not positive.
+  Executor(const StepLimits& limits, int32_t vocab_size, std::shared_ptr<ThreadPool> pool);
+  ~Executor() { pool_->read_ahead(nullptr); }  // others may use the pool for longer
+  Executor(const Executor&) = delete;
+  Executor& operator=(const Executor&) = delete;
 
   // ---- building: everything throws std::invalid_argument for operands that do not fit ------------------------------
   int32_t add_kv_group(const KvGroup& group) { return cache_.add(group); }
@@ -67,14 +70,18 @@ class Executor {
   // of the program, or the live values belong to another plan.
   void run(std::span<const int32_t> plan, int32_t first, int32_t last);
   // Like run() over the whole program, and returns seconds: of preparing the step (rope tables, schedules), then of each
-  // op. A road of its own, so that run() reads no clock.
-  std::vector<double> run_timed(std::span<const int32_t> plan);
+  // op; and what the forks in them took. A road of its own, so that run() reads no clock.
+  struct Times {
+    std::vector<double> laps;
+    ThreadPool::ForkTimes forks;
+  };
+  Times run_timed(std::span<const int32_t> plan);
   // Runs the whole program again, op by op, and returns the index of the first op that produced a non-finite number
   // in a row on which sampled row `sampled_row` depends, or -1. Writes the same keys and values as the step itself.
   int32_t diagnose(std::span<const int32_t> plan, int32_t sampled_row);
 
   int32_t op_count() const { return static_cast<int32_t>(ops_.size()); }
-  int threads() const { return pool_.size(); }
+  int threads() const { return pool_->size(); }
   const StepLimits& limits() const { return limits_; }
   const KvCache& cache() const { return cache_; }
   const Value& value(ValueId id) const;
@@ -94,7 +101,7 @@ class Executor {
 
   StepLimits limits_;
   int32_t vocab_size_;
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
   KvCache cache_;
   std::vector<Value> values_;
   std::vector<std::unique_ptr<Op>> ops_;

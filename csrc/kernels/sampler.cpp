@@ -321,9 +321,9 @@ class Sampler::Worker {
   PrefixSearch search_;
 };
 
-Sampler::Sampler(int64_t vocabulary, int threads) : vocabulary_(vocabulary), pool_(threads) {
+Sampler::Sampler(int64_t vocabulary, std::shared_ptr<ThreadPool> pool) : vocabulary_(vocabulary), pool_(std::move(pool)) {
   if (vocabulary <= 0) throw std::invalid_argument("the vocabulary must hold at least one token");
-  for (int i = 0; i < pool_.size(); ++i) workers_.push_back(std::make_unique<Worker>(vocabulary));
+  for (int i = 0; i < pool_->size(); ++i) workers_.push_back(std::make_unique<Worker>(vocabulary));
 }
 
 Sampler::~Sampler() = default;
@@ -340,7 +340,7 @@ void Sampler::for_rows(int64_t rows, const PerRow& per_row) {
     for (int64_t row = 0; row < rows; ++row) per_row(*workers_[0], static_cast<size_t>(row));
     return;
   }
-  pool_.run([&](int index, int count) {
+  pool_->run([&](int index, int count) {
     const auto [begin, end] = ThreadPool::share(rows, index, count);
     for (int64_t row = begin; row < end; ++row) per_row(*workers_[static_cast<size_t>(index)], static_cast<size_t>(row));
   });

@@ -69,9 +69,11 @@ struct BestTokens {
 
 class Sampler {
  public:
-  // `threads` share the rows of a call. Throws std::invalid_argument for an empty vocabulary.
-  Sampler(int64_t vocabulary, int threads);
+  // The pool's threads share the rows of a call. Throws std::invalid_argument for an empty vocabulary.
+  Sampler(int64_t vocabulary, std::shared_ptr<ThreadPool> pool);
   ~Sampler();
+  Sampler(const Sampler&) = delete;
+  Sampler& operator=(const Sampler&) = delete;
 
   int64_t vocabulary() const { return vocabulary_; }
   // Bytes of working memory, all threads.
@@ -91,7 +93,7 @@ class Sampler {
   void for_rows(int64_t rows, const PerRow& per_row);
 
   int64_t vocabulary_;
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
   std::vector<std::unique_ptr<Worker>> workers_;
 };
 

@@ -203,6 +203,42 @@ void ThreadPool::Reader::wait() {
 }
 
 void ThreadPool::run_raw(RawJob job, const void* context) {
+  times_ == nullptr ? fork(job, context) : run_timed(job, context);
+}
+
+void ThreadPool::run_timed(RawJob job, const void* context) {
+  using Seconds = std::chrono::duration<double>;
+  struct alignas(64) Worked {
+    double seconds = 0;
+  };
+  struct Timed {
+    RawJob job;
+    const void* context;
+    std::thread::id caller;
+    std::vector<Worked> worked;  // by thread; what the caller takes over counts as its own
+  };
+  Timed timed{job, context, std::this_thread::get_id(), std::vector<Worked>(static_cast<size_t>(size_))};
+  const auto timed_job = [](const void* raw, int index, int count) {
+    Timed& of = *const_cast<Timed*>(static_cast<const Timed*>(raw));
+    const Clock::time_point begin = Clock::now();
+    of.job(of.context, index, count);
+    const size_t thread = std::this_thread::get_id() == of.caller ? 0 : static_cast<size_t>(index);
+    of.worked[thread].seconds += Seconds(Clock::now() - begin).count();
+  };
+  const Clock::time_point begin = Clock::now();
+  fork(timed_job, &timed);
+  const double whole = Seconds(Clock::now() - begin).count();
+  double longest = 0, all = 0;
+  for (const Worked& worked : timed.worked) {
+    longest = std::max(longest, worked.seconds);
+    all += worked.seconds;
+  }
+  ++times_->forks;
+  times_->joining += whole - longest;
+  times_->waiting += whole * size_ - all;
+}
+
+void ThreadPool::fork(RawJob job, const void* context) {
   const FloatEnvironment environment;
   if (size_ == 1 || forks.load(std::memory_order_relaxed) != birth_) {
     job(context, 0, 1);

@@ -66,6 +66,15 @@ class ThreadPool {
   // once, until another array is named or null. The array must stay as it is while it is named.
   void read_ahead(const Stretch* stretches) { ahead_ = stretches; }
 
+  // What forks take beside the work in them, in seconds.
+  struct ForkTimes {
+    int64_t forks = 0;
+    double joining = 0;  // of each fork, its time without that of the thread that worked longest
+    double waiting = 0;  // thread-seconds without work, of all threads
+  };
+  // From the next fork on every fork adds to `times`, until null is named. Costs two looks at the clock a share.
+  void time_forks(ForkTimes* times) { times_ = times; }
+
   // [begin, end) of `items` that thread `index` of `count` owns; contiguous and in order.
   static std::pair<int64_t, int64_t> share(int64_t items, int index, int count) {
     return {items * index / count, items * (index + 1) / count};
@@ -74,6 +83,8 @@ class ThreadPool {
  private:
   using RawJob = void (*)(const void*, int, int);
   void run_raw(RawJob job, const void* context);
+  void run_timed(RawJob job, const void* context);
+  void fork(RawJob job, const void* context);
   void worker(int index);
   void pin_workers();
   bool pin(size_t worker);  // to its CPU; false if the system refuses
@@ -87,6 +98,7 @@ class ThreadPool {
   RawJob job_ = nullptr;
   const void* context_ = nullptr;
   const Stretch* ahead_ = nullptr;
+  ForkTimes* times_ = nullptr;
   // How far a thread has come with its stretch.
   struct Reader {
     const Stretch* named = nullptr;

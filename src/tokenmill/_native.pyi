@@ -63,10 +63,15 @@ class LinearPart:
 
     def __init__(self, x: int, matrix: Matrix, out: int, bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None, residual: int | None) -> None: ...
 
+class PlanWords:
+    """The buffer of a step plan, in place."""
+
+    def __init__(self, buffer: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None: ...
+
 class Executor:
     """Runs a program, step by step. Build it op by op, prepare it, run it."""
 
-    def __init__(self, tokens: int, sequences: int, sampled: int, context: int, vocab_size: int, threads: int) -> None: ...
+    def __init__(self, tokens: int, sequences: int, sampled: int, context: int, vocab_size: int, pool: ThreadPool) -> None: ...
 
     def add_kv_group(self, layers: int, kv_heads: int, head_dim: int, window: int | None, element: int, pages: int) -> int: ...
 
@@ -94,17 +99,17 @@ class Executor:
 
     def prepare(self) -> None: ...
 
-    def run(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int) -> None:
+    def run(self, plan: PlanWords, first: int, last: int) -> None:
         """
         Executes ops [first, last) without the GIL. Raises ValueError for a bad plan.
         """
 
-    def run_timed(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> list[float]:
+    def run_timed(self, plan: PlanWords) -> tuple[list[float], int, float, float]:
         """
         Executes all ops without the GIL; seconds of preparing the step, then of each op.
         """
 
-    def diagnose(self, plan: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], sampled_row: int) -> int:
+    def diagnose(self, plan: PlanWords, sampled_row: int) -> int:
         """Index of the first op with a non-finite result, or -1."""
 
     def value(self, id: int, rows: int) -> NDArray[numpy.float32]: ...
@@ -186,24 +191,57 @@ class SamplerSettings:
 
     def __init__(self, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, typical_p: float = 1.0, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0, seed: int = 0, sample_index: int = 0, min_tokens: int = 0, end_ids: Sequence[int] = [], bias_ids: Sequence[int] = [], biases: Sequence[float] = [], allowed: Sequence[int] = [], bad_words: Sequence[Sequence[int]] = [], logprobs: int = -1) -> None: ...
 
+class TokenHistory:
+    """One output as the sampler sees it: its settings, and prompt and output so far."""
+
+    def __init__(self, settings: SamplerSettings, tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], prompt_tokens: int) -> None: ...
+
+    def append(self, token: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def copy(self, begin: int, end: int) -> NDArray[numpy.int32]:
+        """Tokens begin .. end - 1. Raises IndexError."""
+
+class Samples:
+    """What a sampler found, one entry for each row that it was given."""
+
+    @property
+    def ids(self) -> list[int]:
+        """The picked (or given) tokens; -1 where a row cannot be used."""
+
+    @property
+    def status(self) -> list[int]:
+        """0, 1 (NaN or infinity in the row) or 2 (nothing may be picked)."""
+
+    def logprobs(self, row: int) -> tuple[float, int, list[tuple[int, float]]]:
+        """
+        Where they were wanted: the token's log-probability and rank, and the best tokens with theirs, most likely
+        first. Of the logits as given. Raises IndexError.
+        """
+
 class Sampler:
     """Picks tokens from rows of logits; one caller at a time."""
 
-    def __init__(self, vocabulary: int, threads: int = 1) -> None: ...
+    def __init__(self, vocabulary: int, pool: ThreadPool) -> None: ...
 
     @property
     def scratch_bytes(self) -> int: ...
 
-    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], settings: Sequence[SamplerSettings], tokens: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]], prompt_tokens: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], masks: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None] = []) -> tuple[Any, ...]:
+    def sample(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[int], histories: Sequence[TokenHistory], masks: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None] = []) -> Samples:
         """
-        Returns (ids, status, logprobs, ranks, best_ids, best_logprobs), each with one entry per element of `rows`.
+        One token for each element of `rows`, which are rows of `logits` [rows, vocabulary].
 
-        `tokens` holds each sequence's prompt and output so far (int32). Status is 0, 1 (NaN or infinity in the row)
-        or 2 (nothing may be picked). Log-probabilities are of the logits as given. `masks` is empty, or holds for each
-        row None or one bit a token (int32, bit i % 32 of word i / 32): those without a bit cannot be picked.
+        `masks` is empty, or holds for each row None or one bit a token (int32, bit i % 32 of word i / 32): those
+        without a bit cannot be picked.
         """
 
-    def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], targets: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)], best: int = 0) -> tuple[Any, ...]:
+    def pick(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[int], histories: Sequence[TokenHistory], masks: Sequence[Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)] | None] = []) -> list[int] | Samples:
+        """
+        Like `sample`; only the ids where there is no more to know: no log-probabilities, and no row that is unusable.
+        """
+
+    def score(self, logits: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)], rows: Sequence[int], targets: Sequence[int], best: int = 0) -> Samples:
         """
         Like `sample`, for given tokens: log-probability and rank of targets[i] in row rows[i], and its best tokens.
         """
@@ -217,7 +255,7 @@ def cgroup_cpu_quota(membership: str, mount: str) -> float:
     """
 
 class ThreadPool:
-    """The executor's thread pool, bound for tests."""
+    """The threads that executor and sampler run on; one caller at a time."""
 
     def __init__(self, threads: int) -> None: ...
 

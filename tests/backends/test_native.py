@@ -354,7 +354,7 @@ def test_a_truncated_plan_is_refused():
     native = backend()
     for words in (0, 7, 8, 100, len(plan.buffer) - 1):
         with pytest.raises(ValueError, match="step plan"):
-            native._open().run(plan.buffer[:words], 0, 1)
+            native._open().run(_native.PlanWords(plan.buffer[:words]), 0, 1)
 
 
 def test_pages_before_the_window_may_be_freed():
@@ -444,6 +444,21 @@ def test_a_closed_backend_says_so():
     native.close()
     with pytest.raises(ValueError, match="closed"):
         native.run(lay_plan([part(IDS, 0, 5, Pool().table(5))], 2))
+
+
+def test_a_pool_serves_two_backends_and_outlives_both():
+    pool = _native.ThreadPool(3)
+    plan = lay_plan([part(IDS, 0, 60, Pool().table(60))], 2)
+    expected = backend().run(plan)["logits"].copy()
+    first, second = backend(threads=pool), backend(threads=pool)
+    assert (first.run(plan)["logits"] == expected).all()
+    assert (second.run(plan)["logits"] == expected).all()
+    first.close()
+    del first
+    assert (second.run(plan)["logits"] == expected).all()
+    second.close()
+    del second
+    assert pool.fork_join(200) == [200] * 3  # what the backends told it to read ahead is gone with them
 
 
 def test_one_pool_of_pages_per_group_is_needed():

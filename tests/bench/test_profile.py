@@ -33,10 +33,12 @@ def test_a_timed_step_computes_what_a_step_does(model):
         plan = lay_plan([SequenceStep(list(range(1, 11)), 0, tables, range(10))], len(backend.kv_groups))
         expected = backend.run(plan)["logits"].copy()
         backend.run(lay_plan([SequenceStep([7] * 10, 0, tables, range(10))], len(backend.kv_groups)))
-        seconds = backend.run_timed(plan)
+        times = backend.run_timed(plan)
         assert np.array_equal(backend._executor.value(backend._ids["logits"], 10), expected)
-        assert len(seconds) == len(backend.program.ops) + 1
-        assert all(part >= 0 for part in seconds)
+        assert len(times.ops) == len(backend.program.ops)
+        assert all(part >= 0 for part in (times.prepare, *times.ops))
+        assert times.forks > 0
+        assert 0 <= times.joining <= times.waiting <= sum(times.ops) + times.prepare
         # values of a timed step are those of its plan: a later range may go on from them
         assert np.array_equal(backend.run(plan, len(backend.program.ops) - 1)["logits"], expected)
         with pytest.raises(ValueError, match="tokens"):
@@ -72,6 +74,8 @@ def test_a_profile_adds_up(model):
         assert sum(role.seconds for role in step.roles) == pytest.approx(inside)
         assert sum(role.operations for role in step.roles) == sum(op.operations for op in step.ops)
     assert (profile.steps[1].tokens, profile.steps[1].sequences, profile.steps[1].depth) == (2, 2, 40)
+    assert profile.engine is not None
+    assert 0 < profile.engine.network_seconds < profile.engine.seconds
 
 
 def test_a_depth_beyond_the_model_is_refused(model):

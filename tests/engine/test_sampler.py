@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from tokenmill import _native
 
 OK, NOT_FINITE, NOTHING_ALLOWED = 0, 1, 2
 INF = float("inf")
+ONE = _native.ThreadPool(1)
 
 
 @pytest.fixture(params=_native.available_isas())
@@ -21,34 +22,28 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _native.set_active_isa(before)
 
 
+def history(tokens: Sequence[int] = (0,), prompt: int | None = None, **settings: object) -> _native.TokenHistory:
+    """An output with these tokens, of which ``prompt``, or all, are the prompt's."""
+    own = _native.SamplerSettings(**settings)  # type: ignore[arg-type]
+    return _native.TokenHistory(own, np.array(tokens, np.int32), len(tokens) if prompt is None else prompt)
+
+
 def sample(
     logits: np.ndarray, tokens: list[int] | None = None, prompt: int | None = None, **settings: object
 ) -> tuple[int, int]:
     """Id and status for one row."""
     row = np.ascontiguousarray(logits, dtype=np.float32)[None]
-    history = np.array([0] if tokens is None else tokens, np.int32)
-    result = _native.Sampler(row.shape[1]).sample(
-        row,
-        np.zeros(1, np.int32),
-        [_native.SamplerSettings(**settings)],  # type: ignore[arg-type]
-        [history],
-        np.array([len(history) if prompt is None else prompt], np.int32),
-    )
-    return int(result[0][0]), int(result[1][0])
+    result = _native.Sampler(row.shape[1], ONE).sample(row, [0], [history(tokens or [0], prompt, **settings)])
+    return result.ids[0], result.status[0]
 
 
 def draw(logits: np.ndarray, draws: int, **settings: object) -> np.ndarray:
     """Counts of ``draws`` ids, each with another seed."""
     row = np.ascontiguousarray(logits, dtype=np.float32)[None]
-    result = _native.Sampler(row.shape[1]).sample(
-        row,
-        np.zeros(draws, np.int32),
-        [_native.SamplerSettings(seed=seed, **settings) for seed in range(draws)],  # type: ignore[arg-type]
-        [np.zeros(1, np.int32)] * draws,
-        np.ones(draws, np.int32),
-    )
-    assert not result[1].any()
-    return np.bincount(result[0], minlength=row.shape[1])
+    outputs = [history(seed=seed, **settings) for seed in range(draws)]
+    result = _native.Sampler(row.shape[1], ONE).sample(row, [0] * draws, outputs)
+    assert not any(result.status)
+    return np.bincount(result.ids, minlength=row.shape[1])
 
 
 def kept(logits: np.ndarray, draws: int = 3000, **settings: object) -> set[int]:
@@ -152,7 +147,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
     draws = 100
     words = [_native.draw_words(seed, 0, 1) for seed in range(draws)]
     uniform = np.array([((a >> 5) * 2**26 + (b >> 6)) / 2**53 for a, b, _, _ in words])
-    sampler = _native.Sampler(vocabulary)
+    sampler = _native.Sampler(vocabulary, ONE)
     for settings in (
         {},
         {"top_k": 17},
@@ -169,9 +164,8 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(
     ):
         if "typical_p" in settings and ties:
             continue
-        settings_of = [_native.SamplerSettings(seed=seed, **settings) for seed in range(draws)]  # type: ignore[arg-type]
-        one = [np.zeros(1, np.int32)] * draws
-        ids = sampler.sample(row, np.zeros(draws, np.int32), settings_of, one, np.ones(draws, np.int32))[0]
+        outputs = [history(seed=seed, **settings) for seed in range(draws)]
+        ids = np.array(sampler.sample(row, [0] * draws, outputs).ids)
         cumulative = np.concatenate([[0], np.cumsum(reference(row[0], **settings))])  # type: ignore[arg-type]
         tolerance = 3e-6
         assert (cumulative[ids] <= uniform + tolerance).all()
@@ -308,14 +302,12 @@ def test_prompt_tokens_get_no_presence_or_frequency_penalty() -> None:
 
 
 def test_penalties_leave_nothing_behind_for_the_next_row() -> None:
-    sampler = _native.Sampler(50)
+    sampler = _native.Sampler(50, ONE)
     logits = np.zeros((1, 50), np.float32)
     logits[0, 7] = 1.0
-    rows, prompt = np.zeros(1, np.int32), np.zeros(1, np.int32)
-    tokens = [np.array([7, 7, 8], np.int32)]
-    strict = _native.SamplerSettings(temperature=0.0, frequency_penalty=2.0)
-    assert sampler.sample(logits, rows, [strict], tokens, prompt)[0][0] == 0
-    assert sampler.sample(logits, rows, [strict], [np.array([8], np.int32)], prompt)[0][0] == 7
+    strict = {"temperature": 0.0, "frequency_penalty": 2.0}
+    assert sampler.sample(logits, [0], [history([7, 7, 8], 0, **strict)]).ids == [0]
+    assert sampler.sample(logits, [0], [history([8], 0, **strict)]).ids == [7]
 
 
 def test_bias_is_added_before_the_penalties() -> None:
@@ -328,7 +320,7 @@ def test_bias_is_added_before_the_penalties() -> None:
 def test_a_mask_leaves_the_draw_of_a_row_without_the_others(vocabulary: int, isa: str) -> None:
     rng = np.random.default_rng(vocabulary)
     words = -(-vocabulary // 32)
-    sampler = _native.Sampler(vocabulary)
+    sampler = _native.Sampler(vocabulary, ONE)
     for seed in range(20):
         row = rng.normal(size=(1, vocabulary)).astype(np.float32)
         kept_ids = np.flatnonzero(rng.random(vocabulary) < rng.choice((0.02, 0.5, 0.98)))
@@ -339,28 +331,21 @@ def test_a_mask_leaves_the_draw_of_a_row_without_the_others(vocabulary: int, isa
         mask = np.packbits(bits, bitorder="little").view(np.int32)
         without = np.full_like(row, -np.inf)
         without[0, kept_ids] = row[0, kept_ids]
-        history, prompt = [np.array([0], np.int32)], np.array([1], np.int32)
         settings = {"temperature": 0.9, "seed": seed, "logprobs": 0}
-        rows = np.zeros(1, np.int32)
-        expected = sampler.sample(without, rows, [_native.SamplerSettings(**settings)], history, prompt)
-        masked = sampler.sample(row, rows, [_native.SamplerSettings(**settings)], history, prompt, [mask])
+        expected = sampler.sample(without, [0], [history(**settings)])
+        masked = sampler.sample(row, [0], [history(**settings)], [mask])
         listed = [int(word) for word in mask.view(np.uint32)]
-        allowed = sampler.sample(
-            row, rows, [_native.SamplerSettings(**settings, allowed=listed)], history, prompt, [None]
-        )
-        assert expected[0][0] == masked[0][0] == allowed[0][0]
-        plain = sampler.score(row, rows, masked[0])
-        assert masked[2][0] == plain[2][0], "log-probabilities are those of the whole row"
+        allowed = sampler.sample(row, [0], [history(**settings, allowed=listed)], [None])
+        assert expected.ids == masked.ids == allowed.ids
+        plain = sampler.score(row, [0], masked.ids)
+        assert masked.logprobs(0) == plain.logprobs(0), "log-probabilities are those of the whole row"
 
 
 def test_tokens_beyond_the_allowed_words_are_excluded() -> None:
     row = np.zeros((1, 200), np.float32)
     row[0, 150] = 9.0
-    settings = _native.SamplerSettings(temperature=0.0, allowed=[0b1000])
-    results = _native.Sampler(200).sample(
-        row, np.zeros(1, np.int32), [settings], [np.array([1], np.int32)], np.ones(1, np.int32)
-    )
-    assert results[0][0] == 3
+    results = _native.Sampler(200, ONE).sample(row, [0], [history([1], temperature=0.0, allowed=[0b1000])])
+    assert results.ids == [3]
 
 
 @pytest.mark.parametrize(
@@ -368,31 +353,25 @@ def test_tokens_beyond_the_allowed_words_are_excluded() -> None:
 )
 def test_a_bad_word_is_not_completed(output: list[int], excluded: set[int]) -> None:
     """The prompt ends as the words begin, which does not count."""
-    settings = _native.SamplerSettings(temperature=0.0, bad_words=[[9], [5, 6], [4, 5, 7]])
+    words = [[9], [5, 6], [4, 5, 7]]
     row = np.zeros((1, 12), np.float32)
     possible = set()
     for best in range(12):
         row[:] = 0.0
         row[0, best] = 1.0
-        tokens = np.array([4, 5, *output], np.int32)
-        results = _native.Sampler(12).sample(row, np.zeros(1, np.int32), [settings], [tokens], np.array([2], np.int32))
-        if results[0][0] == best:
+        tokens = history([4, 5, *output], 2, temperature=0.0, bad_words=words)
+        results = _native.Sampler(12, ONE).sample(row, [0], [tokens])
+        if results.ids == [best]:
             possible.add(best)
     assert possible == set(range(12)) - excluded
 
 
 def test_masks_of_another_size_are_refused() -> None:
-    arguments = (
-        np.zeros((1, 40), np.float32),
-        np.zeros(1, np.int32),
-        [_native.SamplerSettings()],
-        [np.zeros(1, np.int32)],
-        np.ones(1, np.int32),
-    )
+    arguments = (np.zeros((1, 40), np.float32), [0], [history()])
     with pytest.raises(ValueError, match="a mask has 1 words, the vocabulary takes 2"):
-        _native.Sampler(40).sample(*arguments, [np.zeros(1, np.int32)])
+        _native.Sampler(40, ONE).sample(*arguments, [np.zeros(1, np.int32)])
     with pytest.raises(ValueError, match="as long as rows"):
-        _native.Sampler(40).sample(*arguments, [None, None])
+        _native.Sampler(40, ONE).sample(*arguments, [None, None])
     with pytest.raises(ValueError, match="bad_words"):
         _native.SamplerSettings(bad_words=[[]])
 
@@ -440,8 +419,10 @@ def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits(v
         (rng.normal(size=(rows, vocabulary)) * rng.uniform(0.1, 6, size=(rows, 1))), np.float32
     )
     logits[::7, ::3] = np.round(logits[::7, ::3])  # ties
-    settings = [
-        _native.SamplerSettings(
+    outputs = [
+        history(
+            rng.integers(0, vocabulary, size=50).tolist(),
+            20,
             temperature=float(rng.choice([0.0, 0.6, 1.0, 2.0])),
             top_k=int(rng.choice([0, 3, 300, vocabulary // 9, vocabulary // 2])),
             top_p=float(rng.choice([1.0, 0.9, 0.4])),
@@ -454,15 +435,13 @@ def test_every_instruction_set_path_thread_count_and_batch_gives_the_same_bits(v
         )
         for row in range(rows)
     ]
-    tokens = [rng.integers(0, vocabulary, size=50).astype(np.int32) for _ in range(rows)]
-    prompts = np.full(rows, 20, np.int32)
 
-    def run(threads: int, order: np.ndarray) -> list[bytes]:
-        result = _native.Sampler(vocabulary, threads).sample(
-            logits, order.astype(np.int32), [settings[r] for r in order], [tokens[r] for r in order], prompts[order]
+    def run(threads: int, order: np.ndarray) -> list[tuple[object, ...]]:
+        result = _native.Sampler(vocabulary, _native.ThreadPool(threads)).sample(
+            logits, order.tolist(), [outputs[row] for row in order]
         )
-        back = np.argsort(order)
-        return [np.ascontiguousarray(part[back]).tobytes() for part in result]
+        back = np.argsort(order).tolist()
+        return [(result.ids[place], result.status[place], result.logprobs(place)) for place in back]
 
     before = _native.active_isa()
     try:
@@ -486,39 +465,60 @@ def test_logprobs_ranks_and_best_tokens_are_those_of_the_raw_row(isa: str) -> No
     exact = logits.astype(np.float64)
     exact -= exact.max(axis=1, keepdims=True)
     exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
-    targets = np.array([0, 10, 20, 2999, 3000], np.int32)
-    _, status, logprobs, ranks, best_ids, best = _native.Sampler(3001, 2).score(
-        logits, np.arange(5, dtype=np.int32), targets, 9
-    )
-    assert not status.any()
+    targets = [0, 10, 20, 2999, 3000]
+    found = _native.Sampler(3001, _native.ThreadPool(2)).score(logits, range(5), targets, 9)
+    assert not any(found.status)
     for row in range(5):
-        assert logprobs[row] == pytest.approx(exact[row, targets[row]], abs=2e-6)
-        assert ranks[row] == 1 + (logits[row] > logits[row, targets[row]]).sum()
+        logprob, rank, best = found.logprobs(row)
+        assert logprob == pytest.approx(exact[row, targets[row]], abs=2e-6)
+        assert rank == 1 + (logits[row] > logits[row, targets[row]]).sum()
         order = np.lexsort((np.arange(3001), -logits[row]))[:9]
-        assert best_ids[row].tolist() == order.tolist()
-        assert best[row] == pytest.approx(exact[row, order], abs=2e-6)
+        assert [token for token, _ in best] == order.tolist()
+        assert [value for _, value in best] == pytest.approx(exact[row, order], abs=2e-6)
 
 
 def test_logprobs_do_not_see_penalties_and_temperature() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1]], np.float32))
-    setting = _native.SamplerSettings(temperature=0.0, bias_ids=[2], biases=[10.0], logprobs=3)
-    zero = np.zeros(1, np.int32)
-    ids, _, logprobs, ranks, best_ids, _ = _native.Sampler(3).sample(logits, zero, [setting], [zero], zero)
-    assert (ids[0], ranks[0]) == (2, 3)
-    assert logprobs[0] == pytest.approx(np.log(0.1), abs=1e-6)
-    assert best_ids[0].tolist() == [0, 1, 2]
+    output = history(temperature=0.0, bias_ids=[2], biases=[10.0], logprobs=3)
+    found = _native.Sampler(3, ONE).sample(logits, [0], [output])
+    logprob, rank, best = found.logprobs(0)
+    assert (found.ids, rank) == ([2], 3)
+    assert logprob == pytest.approx(np.log(0.1), abs=1e-6)
+    assert [token for token, _ in best] == [0, 1, 2]
 
 
 def test_more_best_tokens_than_the_vocabulary_has() -> None:
-    zero = np.zeros(1, np.int32)
-    *_, best_ids, best = _native.Sampler(2).score(np.zeros((1, 2), np.float32), zero, zero, 4)
-    assert best_ids[0].tolist() == [0, 1, -1, -1]
-    assert best[0].tolist() == pytest.approx([np.log(0.5), np.log(0.5), -INF, -INF])
+    found = _native.Sampler(2, ONE).score(np.zeros((1, 2), np.float32), [0], [0], 4)
+    half = pytest.approx(np.log(0.5))
+    assert found.logprobs(0)[2] == [(0, half), (1, half)]
 
 
 def test_a_bad_row_is_reported_by_score_too() -> None:
-    zero = np.zeros(1, np.int32)
-    assert _native.Sampler(2).score(np.full((1, 2), np.nan, np.float32), zero, zero, 0)[1][0] == NOT_FINITE
+    assert _native.Sampler(2, ONE).score(np.full((1, 2), np.nan, np.float32), [0], [0]).status == [NOT_FINITE]
+
+
+def test_a_pick_is_a_sample_without_what_nobody_asked_for() -> None:
+    sampler = _native.Sampler(3, ONE)
+    logits = np.array([[0.0, 2.0, 1.0], [0.0, np.nan, 1.0]], np.float32)
+    plain, told = history(temperature=0.0), history(temperature=0.0, logprobs=1)
+    assert sampler.pick(logits, [0, 0], [plain, plain]) == [1, 1]
+    with_logprobs = sampler.pick(logits, [0, 0], [plain, told])
+    assert isinstance(with_logprobs, _native.Samples)
+    assert with_logprobs.logprobs(1) == sampler.sample(logits, [0], [told]).logprobs(0)
+    with_a_bad_row = sampler.pick(logits, [0, 1], [plain, plain])
+    assert isinstance(with_a_bad_row, _native.Samples)
+    assert (with_a_bad_row.ids, with_a_bad_row.status) == ([1, -1], [OK, NOT_FINITE])
+
+
+def test_a_history_grows_by_what_is_appended() -> None:
+    tokens = history([3, 1, 2], 2)
+    tokens.append(7)
+    copied = tokens.copy(1, 4)
+    assert (len(tokens), copied.tolist(), copied.dtype) == (4, [1, 2, 7], np.int32)
+    tokens.append(8)
+    assert copied.tolist() == [1, 2, 7], "a copy stays as it is"
+    with pytest.raises(IndexError):
+        tokens.copy(3, 6)
 
 
 # ---- misuse ----------------------------------------------------------------------------------------------------------
@@ -529,7 +529,9 @@ def test_ids_outside_of_the_vocabulary_are_refused() -> None:
         sample(np.zeros(3), bias_ids=[3], biases=[1.0])
     with pytest.raises(ValueError, match="the sequence holds token -1"):
         sample(np.zeros(3), [-1], repetition_penalty=1.1)
+    with pytest.raises(ValueError, match="prompt_tokens exceeds"):
+        history([1, 2], 3)
     with pytest.raises(ValueError, match="targets holds token 9"):
-        _native.Sampler(3).score(np.zeros((1, 3), np.float32), np.zeros(1, np.int32), np.array([9], np.int32))
+        _native.Sampler(3, ONE).score(np.zeros((1, 3), np.float32), [0], [9])
     with pytest.raises(ValueError, match="row 1 is not among 1 rows"):
-        _native.Sampler(3).score(np.zeros((1, 3), np.float32), np.ones(1, np.int32), np.zeros(1, np.int32))
+        _native.Sampler(3, ONE).score(np.zeros((1, 3), np.float32), [1], [0])

@@ -64,7 +64,7 @@ class AttentionRunner:
         layers: int = 2,
     ) -> None:
         self.shape = shape
-        self.executor = _native.Executor(tokens, sequences, 1, context, VOCABULARY, threads)
+        self.executor = _native.Executor(tokens, sequences, 1, context, VOCABULARY, _native.ThreadPool(threads))
         self.executor.add_kv_group(layers, shape.kv_heads, shape.head_dim, shape.window, shape.element, pages)
         widths = [shape.heads, shape.kv_heads, shape.kv_heads, shape.heads]
         offset, ids = 0, []
@@ -96,7 +96,7 @@ class AttentionRunner:
             self.executor.value(getattr(self, name), plan.tokens)[...] = rows
         out = self.executor.value(self.out, plan.tokens)
         out[...] = np.nan
-        self.executor.run(plan.buffer, 0, 1)
+        self.executor.run(_native.PlanWords(plan.buffer), 0, 1)
         return np.split(out.copy(), np.cumsum([end - begin for _, begin, end in parts])[:-1])
 
     def free_before_window(self, sequence: Sequence, next_slot: int) -> None:

@@ -2,6 +2,7 @@
 //
 // Meant for the thread sanitizer too: all ops run in parallel regions, with more threads than most machines have CPUs.
 #include <cmath>
+#include <memory>
 
 #include "executor/executor.h"
 #include "paths.h"
@@ -67,7 +68,7 @@ struct Model {
 // An executor with the model's ops; every value has memory of its own.
 class Run {
  public:
-  Run(const Model& model, int threads) : executor_(kLimits, kVocabulary, threads) {
+  Run(const Model& model, int threads) : executor_(kLimits, kVocabulary, std::make_shared<ThreadPool>(threads)) {
     const int32_t group = executor_.add_kv_group({kLayers, kKvHeads, kHeadDim, 0, KvElement::kF16, kPages});
     std::vector<double> frequencies;
     for (int i = 0; i < kHeadDim / 2; ++i) frequencies.push_back(std::pow(10000.0, -2.0 * i / kHeadDim));

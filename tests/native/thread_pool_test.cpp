@@ -41,6 +41,26 @@ void reads_ahead(Checks& checks, int threads) {
   checks.expect(complete, "forks of " + std::to_string(threads) + " threads that read ahead");
 }
 
+// Times of forks: counted while they are asked for, and what one thread waits for another is seen.
+void times_forks(Checks& checks) {
+  ThreadPool pool(2);
+  ThreadPool::ForkTimes times;
+  const auto work = [](int index, int) {
+    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(index == 0 ? 400 : 100);
+    while (std::chrono::steady_clock::now() < end) {
+    }
+  };
+  pool.run(work);
+  pool.time_forks(&times);
+  for (int fork = 0; fork < 20; ++fork) pool.run(work);
+  pool.time_forks(nullptr);
+  pool.run(work);
+  checks.expect(times.forks == 20, "20 forks are timed");
+  // Whoever runs the shares, one thread is without work for most of each fork; neighbours may take some of it.
+  checks.expect(times.joining >= 0 && times.joining <= times.waiting, "joining is a part of waiting");
+  checks.expect(times.waiting >= 20 * 100e-6, "a thread waits for the other");
+}
+
 // A caller that the kernel has put on a worker's CPU must not stay alone there: the worker makes way.
 void avoids_the_caller(Checks& checks) {
   ThreadPool pool(0);
@@ -81,6 +101,7 @@ int main() {
   }
   for (int i = 0; i < 50; ++i) ThreadPool unused(3);  // made and destroyed without a fork
   checks.expect(true, "");
+  times_forks(checks);
   avoids_the_caller(checks);
   return checks.finish();
 }

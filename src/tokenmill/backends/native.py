@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,22 @@ _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2}
 _ROPE_STYLES = {RopeStyle.HALF: 0, RopeStyle.INTERLEAVED: 1}
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where one step's seconds went."""
+
+    prepare: float
+    """Before the first op: angles of rope, schedules of attention."""
+    ops: list[float]
+    """Of each op of the fused program."""
+    forks: int
+    """Parallel regions."""
+    joining: float
+    """Of the ops' time, what forks took beside the thread that worked longest."""
+    waiting: float
+    """Of the ops' time, what a thread spent without work in forks, on average."""
+
+
 class NativeBackend:
     """Runs a program on the CPU's kernels. One instance serves one caller at a time."""
 
@@ -48,7 +65,7 @@ class NativeBackend:
         weights: ModelWeights,
         limits: StepLimits,
         kv_pages: Sequence[int],
-        threads: int = 0,
+        threads: int | _native.ThreadPool = 0,
         *,
         taps: Collection[str] = (),
     ) -> None:
@@ -77,9 +94,14 @@ class NativeBackend:
         self._ids: dict[str, int] = {}
         self._ends: dict[tuple[str, ...], int] = {}
         self._outputs = {name: value for name, value in self.program.values().items() if name in keep}
+        self._plan: StepPlan | None = None
+        """That ran last; ``_plan_values`` are the outputs as far as its rows go."""
+        self._plan_values: dict[str, Float32] = {}
         self._executor: _native.Executor | None = None
+        self.pool = _native.ThreadPool(threads) if isinstance(threads, int) else threads
+        """May serve others between two steps."""
         executor = _native.Executor(
-            limits.tokens, limits.sequences, limits.sampled, limits.context, program.vocab_size, threads
+            limits.tokens, limits.sequences, limits.sampled, limits.context, program.vocab_size, self.pool
         )
         for group, pages in zip(program.kv_groups, kv_pages, strict=True):
             executor.add_kv_group(group.layers, group.kv_heads, group.head_dim, group.window, group.element, pages)
@@ -92,6 +114,10 @@ class NativeBackend:
             self._lower(executor, op)
         executor.prepare()
         self._executor = executor
+        self._views = {
+            name: executor.value(self._ids[name], limits.sampled if value.rows is Rows.SAMPLED else limits.tokens)
+            for name, value in self._outputs.items()
+        }
 
     # ---- running -----------------------------------------------------------------------------------------------------
 
@@ -107,20 +133,17 @@ class NativeBackend:
         See :meth:`tokenmill.backends.backend.Backend.run`.
         """
         executor = self._open()
-        values = {name: self._output(name) for name in outputs}
-        executor.run(plan.buffer, first_op, self._end_for(tuple(values)) if last_op is None else last_op)
-        tokens, sampled = plan.tokens, plan.sampled
-        return {
-            name: executor.value(self._ids[name], sampled if value.rows is Rows.SAMPLED else tokens)
-            for name, value in values.items()
-        }
+        words = self._words(plan)
+        values = {name: self._value(name) for name in outputs}
+        executor.run(words, first_op, self._end_for(tuple(values)) if last_op is None else last_op)
+        return values
 
-    def run_timed(self, plan: StepPlan) -> list[float]:
-        """Executes the whole program and returns seconds: of preparing the step, then of each op of ``program``.
-
-        The same work as :meth:`run` with a clock read between ops. Raises ValueError if the plan exceeds the limits.
+    def run_timed(self, plan: StepPlan) -> StepTimes:
+        """Executes the whole program, with the same work as :meth:`run` and a clock read between ops and around every
+        thread's share of them. Raises ValueError if the plan exceeds the limits.
         """
-        return self._open().run_timed(plan.buffer)
+        (prepare, *ops), forks, joining, waiting = self._open().run_timed(self._words(plan))
+        return StepTimes(prepare, ops, forks, joining, waiting / self.threads)
 
     def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
         """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
@@ -128,15 +151,19 @@ class NativeBackend:
         Runs the step's ops again, which writes the same keys and values; call it right after the step. None if every
         number is finite.
         """
-        index = self._open().diagnose(plan.buffer, sampled_row)
+        index = self._open().diagnose(self._words(plan), sampled_row)
         if index < 0:
             return None
         op = self.program.ops[index]
         return f"{type(op).__name__} {', '.join(value.name for value in op.outputs())}"
 
     def close(self) -> None:
-        """Drops the executor with its threads, buffers and KV pages; views that are still held keep them alive."""
+        """Drops the executor, its buffers and KV pages, and its threads unless others use them; views that are still
+        held keep them alive."""
         self._executor = None
+        self._plan = None
+        self._views.clear()
+        self._plan_values.clear()
         self._matrices.clear()
 
     def matrix_format(self, name: str) -> WeightFormat:
@@ -190,13 +217,24 @@ class NativeBackend:
             self._ends[outputs] = self.program.end_for(outputs)
         return self._ends[outputs]
 
-    def _output(self, name: str) -> Value:
-        if name not in self._outputs:
+    def _words(self, plan: StepPlan) -> _native.PlanWords:
+        """The plan for the executor. One that runs again, with other words in its sections, is known: finding a numpy
+        array's memory, and making views, takes longer than what else a step does here."""
+        if plan is not self._plan:
+            self._plan, self._plan_words = plan, _native.PlanWords(plan.buffer)
+            self._plan_values = {
+                name: view[: plan.sampled if self._outputs[name].rows is Rows.SAMPLED else plan.tokens]
+                for name, view in self._views.items()
+            }
+        return self._plan_words
+
+    def _value(self, name: str) -> Float32:
+        if name not in self._plan_values:
             raise KeyError(
                 f"{name} cannot be read from this backend: it keeps {', '.join(sorted(self._outputs))}; "
                 f"name others in NativeBackend(taps=...)"
             )
-        return self._outputs[name]
+        return self._plan_values[name]
 
     def _matrix(self, name: str) -> _native.Matrix:
         if name not in self._matrices:

@@ -7,6 +7,7 @@ Patterson 2009). Limits are measured just before and just after, and the faster 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,12 +18,17 @@ import numpy as np
 
 from tokenmill import _native
 from tokenmill.backends.backend import StepLimits
-from tokenmill.backends.native import NativeBackend
+from tokenmill.backends.native import NativeBackend, StepTimes
 from tokenmill.bare_model import open_bare
 from tokenmill.bench.op_work import OpWork, op_work
 from tokenmill.bench.roofline import MEMORY_WORKING_SET
+from tokenmill.engine.core import EngineCore
+from tokenmill.engine.engine import Engine
+from tokenmill.engine.messages import AddRequest, EngineError, Failed, Finished
+from tokenmill.engine.scheduler import SchedulerLimits
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
 from tokenmill.program.step import SequenceStep, StepPlan, lay_plan
+from tokenmill.sampling import SamplingParams
 
 _LIMIT_SECONDS = 0.15
 _CACHE_WORKING_SET = 8 << 20
@@ -76,6 +82,7 @@ class StepProfile:
     """One kind of step: the round with the median time, so that its parts add up.
 
     ``seconds`` is the whole timed step as Python sees it; ``untimed_seconds`` a median step without clock reads.
+    ``joining_seconds`` and ``waiting_seconds`` are those of :class:`tokenmill.backends.native.StepTimes`.
     """
 
     phase: str
@@ -86,9 +93,20 @@ class StepProfile:
     untimed_seconds: float
     prepare_seconds: float
     """Rope tables and attention schedules, before the first op."""
+    forks: int
+    joining_seconds: float
+    waiting_seconds: float
     limit_seconds: float
     ops: tuple[OpTime, ...]
     roles: tuple[RoleTime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStep:
+    """A median decode step of the engine, from one to the next, and the part of it in which the network runs."""
+
+    seconds: float
+    network_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +117,9 @@ class Profile:
     threads: int
     limits: ProfileLimits
     steps: tuple[StepProfile, ...]
+    engine: EngineStep | None
+    """The same decode step, with the scheduler, the sampler and the thread that delivers. None if the context has no
+    room for a few tokens."""
 
 
 def profile_model(
@@ -143,16 +164,16 @@ def profile_model(
             "prefill": (step(prompt_tokens, 0, 1), 0),  # last: it writes over slots that decode reads
         }
         times = {phase: _time(backend, plan, rounds) for phase, (plan, _) in plans.items()}
+        engine = _engine_step(backend, vocabulary, depth, sequences, rounds)
         after = _limits(threads)
         best = ProfileLimits(*map(max, astuple(before), astuple(after)))
         formats = {name: backend.matrix_format(name) for name in backend.program.matrices()}
         steps = []
         for phase in ("prefill", "decode"):
             plan, first = plans[phase]
-            untimed, seconds, laps = times[phase]
             work = [op_work(op, backend.program, plan, formats, backend.kv_groups) for op in backend.program.ops]
-            steps.append(_profile(phase, plan, first, (untimed, seconds), laps, work, best))
-        return Profile(_native.active_isa(), backend.threads, best, tuple(steps))
+            steps.append(_profile(phase, plan, first, times[phase], work, best))
+        return Profile(_native.active_isa(), backend.threads, best, tuple(steps), engine)
 
 
 def _tables(backend: NativeBackend, sequences: int, context: int) -> list[list[list[int]]]:
@@ -161,33 +182,66 @@ def _tables(backend: NativeBackend, sequences: int, context: int) -> list[list[l
     return [[list(range(s * pages, (s + 1) * pages)) for _ in backend.kv_groups] for s in range(sequences)]
 
 
-def _time(backend: NativeBackend, plan: StepPlan, rounds: int) -> tuple[float, float, list[float]]:
-    """Seconds of a median untimed step, and seconds and laps of the median timed one; in turn, after a warm-up."""
+def _time(backend: NativeBackend, plan: StepPlan, rounds: int) -> tuple[float, float, StepTimes]:
+    """Seconds of a median untimed step, and of the median timed one with its parts; in turn, after a warm-up."""
     backend.run(plan, outputs=())
     untimed, timed = [], []
     for _ in range(rounds):
         start = time.perf_counter()
         backend.run(plan, outputs=())
         middle = time.perf_counter()
-        laps = backend.run_timed(plan)
-        timed.append((time.perf_counter() - middle, laps))
+        parts = backend.run_timed(plan)
+        timed.append((time.perf_counter() - middle, parts))
         untimed.append(middle - start)
-    seconds, laps = sorted(timed)[len(timed) // 2]
-    return statistics.median(untimed), seconds, laps
+    seconds, parts = sorted(timed, key=lambda each: each[0])[len(timed) // 2]
+    return statistics.median(untimed), seconds, parts
+
+
+def _engine_step(backend: NativeBackend, vocabulary: int, depth: int, sequences: int, rounds: int) -> EngineStep | None:
+    """``rounds`` steps that decode ``sequences`` requests at about ``depth``, in an engine over ``backend``. Raises
+    EngineError if the model gives no usable logits."""
+    limits = backend.limits
+    # One comes from the prompt, two settle, and the first sequences go on while the last prompts run.
+    outputs = rounds + 3 + sequences * depth // limits.tokens
+    length = min(depth, limits.context - outputs)
+    if length < 1:
+        return None
+    pages = [sequences * -(-limits.context // PAGE_TOKENS)] * len(backend.kv_groups)
+    core = EngineCore(
+        backend,
+        vocab_size=vocabulary,
+        kv_pages=pages,
+        limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context),
+        prefix_caching=False,
+        pool=backend.pool,
+    )
+    params = SamplingParams(max_tokens=outputs, temperature=0, seed=0)
+    prompts = np.random.default_rng(1).integers(0, vocabulary, (sequences, length)).astype(np.int32)
+    with Engine(core) as engine:
+        stream = engine.submit([AddRequest(i, prompt, params) for i, prompt in enumerate(prompts)], together=True)
+        for _ in prompts:
+            while not isinstance(event := stream.next_event(), Finished):
+                if isinstance(event, Failed):
+                    raise EngineError(event.error)
+    steps = [step for step in core.statistics.recent if step.decoded == sequences and not step.prompt_tokens][1:]
+    if len(steps) < 2:
+        return None
+    periods = [after.begin - step.begin for step, after in itertools.pairwise(steps)]
+    return EngineStep(statistics.median(periods), statistics.median(step.forward for step in steps))
 
 
 def _profile(
     phase: str,
     plan: StepPlan,
     depth: int,
-    whole: tuple[float, float],
-    laps: Sequence[float],
+    times: tuple[float, float, StepTimes],
     work: Sequence[OpWork],
     limits: ProfileLimits,
 ) -> StepProfile:
+    untimed, whole, parts = times
     ops = tuple(
         OpTime(w.role, seconds, limits.seconds(w), w.memory_bytes, w.activation_bytes, w.operations)
-        for w, seconds in zip(work, laps[1:], strict=True)
+        for w, seconds in zip(work, parts.ops, strict=True)
     )
     roles: dict[str, list[OpTime]] = {}
     for op in ops:
@@ -204,7 +258,21 @@ def _profile(
         for role, group in roles.items()
     )
     limit = sum(op.limit_seconds for op in ops)
-    return StepProfile(phase, plan.tokens, plan.sequences, depth, whole[1], whole[0], laps[0], limit, ops, totals)
+    return StepProfile(
+        phase=phase,
+        tokens=plan.tokens,
+        sequences=plan.sequences,
+        depth=depth,
+        seconds=whole,
+        untimed_seconds=untimed,
+        prepare_seconds=parts.prepare,
+        forks=parts.forks,
+        joining_seconds=parts.joining,
+        waiting_seconds=parts.waiting,
+        limit_seconds=limit,
+        ops=ops,
+        roles=totals,
+    )
 
 
 def _limits(threads: int) -> ProfileLimits:

@@ -244,7 +244,8 @@ def _allocate(
         sampled=config.logit_rows,
         context=ledger.max_model_len,
     )
-    backend = _make_backend(config, program, weights, limits, ledger)
+    pool = _native.ThreadPool(config.threads)
+    backend = _make_backend(config, program, weights, limits, ledger, pool)
     swap = None
     if config.swap_space is not None:
         folder = config.swap_dir or Path(config.cache_dir or cache_folder()) / "swap"
@@ -255,7 +256,7 @@ def _allocate(
         kv_pages=ledger.kv_pages,
         limits=SchedulerLimits(limits.tokens, limits.sequences, limits.sampled, limits.context, config.step_target),
         prefix_caching=config.enable_prefix_caching,
-        sampler_threads=config.threads,
+        pool=pool,
         policy=config.policy,
         max_waiting=config.max_waiting,
         swap=swap,
@@ -273,7 +274,12 @@ def _allocate(
 
 
 def _make_backend(
-    config: EngineConfig, program: Program, weights: ModelWeights, limits: StepLimits, ledger: MemoryLedger
+    config: EngineConfig,
+    program: Program,
+    weights: ModelWeights,
+    limits: StepLimits,
+    ledger: MemoryLedger,
+    pool: _native.ThreadPool,
 ) -> Backend:
     if config.backend == "torch":
         from tokenmill.backends.torch import TorchBackend
@@ -281,7 +287,7 @@ def _make_backend(
         return TorchBackend(program, weights, limits, ledger.kv_pages)
     from tokenmill.backends.native import NativeBackend
 
-    return NativeBackend(program, weights, limits, ledger.kv_pages, threads=config.threads)
+    return NativeBackend(program, weights, limits, ledger.kv_pages, pool)
 
 
 def _close_all(parts: list[Callable[[], None]]) -> None:

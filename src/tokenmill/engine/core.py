@@ -9,8 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32
 from tokenmill.engine.admission import WaitingBound, problem_of
@@ -32,13 +30,14 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
-from tokenmill.engine.pooling import HIDDEN, PooledRows
+from tokenmill.engine.pooling import HIDDEN
+from tokenmill.engine.readout import NOTHING_ALLOWED, BadRow, Readout, token_logprobs
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.statistics import EngineSnapshot, StepRecord, StepStatistics
-from tokenmill.engine.step_budget import step_work
+from tokenmill.engine.step_plan import PlanWriter
 from tokenmill.engine.swap import SwapSpace
-from tokenmill.program.step import Int32, SequenceStep, StepPlan, lay_plan
+from tokenmill.program.step import StepPlan
 
 
 @runtime_checkable
@@ -78,7 +77,8 @@ class EngineCore:
 
     ``kv_pages`` are the backend's pages per KV group, ``limits.context`` the most tokens of a sequence. ``max_waiting``
     bounds the requests that wait for a start besides those that could start at once; more are refused. Preempted
-    sequences go to ``swap``, or are computed again. ``clock`` gives seconds.
+    sequences go to ``swap``, or are computed again. Tokens are picked on the threads of ``pool`` between two steps, so
+    it may be the backend's; None: on the caller's. ``clock`` gives seconds.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class EngineCore:
         kv_pages: Items[int],
         limits: SchedulerLimits,
         prefix_caching: bool = True,
-        sampler_threads: int = 1,
+        pool: _native.ThreadPool | None = None,
         policy: SchedulingPolicy | None = None,
         max_waiting: int | None = None,
         swap: SwapSpace | None = None,
@@ -108,7 +108,8 @@ class EngineCore:
                 )
         self.scheduler = Scheduler(self.cache, limits, swap)
         self.statistics = StepStatistics()
-        self._sampler = _native.Sampler(vocab_size, sampler_threads)
+        self._plans = PlanWriter(self.cache.groups)
+        self._readout = Readout(vocab_size, pool or _native.ThreadPool(1))
         self._grammars = grammars
         self._compiling: set[Sequence] = set()
         self._requests: dict[int, _Request] = {}
@@ -128,7 +129,7 @@ class EngineCore:
 
     def scratch_bytes(self) -> int:
         """Bytes of the sampler's working memory."""
-        return self._sampler.scratch_bytes
+        return self._readout.scratch_bytes()
 
     def handle(self, message: Message) -> list[Event]:
         """Takes a request in, or stops one. What is wrong with a request is an event, not an exception."""
@@ -171,26 +172,26 @@ class EngineCore:
 
     def _step(self) -> list[Event]:
         events: list[Event] = []
-        self._take_grammars(events)
+        if self._compiling:
+            self._take_grammars(events)
         begin = self._clock()
         chunks = self.scheduler.schedule(begin)
         if not chunks:
             if self._compiling:  # nothing else to do: the next messages may be worth more than an idle loop
                 wait_for_any([s.compiling for s in self._compiling if s.compiling is not None], _GRAMMAR_WAIT)
             return events
-        plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self.cache.groups)
-        work = step_work(chunks)
-        expected = self.scheduler.step_time.seconds(work)
+        work, expected = self.scheduler.planned, self.scheduler.expected_seconds()
+        plan = self._plans.lay(chunks)
         masks = self._start_masks(chunks)
         planned = self._clock()
-        values = self._backend.run(plan, outputs=_outputs(chunks))
+        values = self._backend.run(plan, outputs=_outputs(chunks) if work.prompt_tokens else _LOGITS)
         ran = self._clock()
-        for chunk in chunks:
-            self.scheduler.advance(chunk)
-        self._look_at_prompts(chunks, plan, values, events)
-        self._end_masks(masks, events)
-        alive = [chunk for chunk in chunks if chunk.sequence.pages is not None]
-        sampled = self._sample(alive, chunks, plan, values, events)
+        self.scheduler.advance(chunks)
+        if work.prompt_tokens:
+            self._look_at_prompts(chunks, plan, values, events)
+        if masks is not None:
+            self._end_masks(masks, events)
+        sampled = self._sample(chunks, plan, values, events, masked=masks is not None)
         end = self._clock()
         self.scheduler.observe(work, end - begin)
         self.statistics.preemptions = self.scheduler.preemptions
@@ -271,19 +272,6 @@ class EngineCore:
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
-    def _sequence_step(self, chunk: Chunk) -> SequenceStep:
-        sequence = chunk.sequence
-        assert sequence.pages is not None
-        rows = list(range(chunk.skip, chunk.skip + chunk.scored))
-        if chunk.samples:
-            rows.append(chunk.count - 1)
-        return SequenceStep(
-            token_ids=sequence.tokens[sequence.computed : sequence.computed + chunk.count],
-            first_slot=sequence.computed,
-            page_tables=[sequence.pages.table(group) for group in range(self.cache.groups)],
-            sampled=rows,
-        )
-
     def _look_at_prompts(
         self, chunks: list[Chunk], plan: StepPlan, values: Mapping[str, Float32], events: list[Event]
     ) -> None:
@@ -295,13 +283,13 @@ class EngineCore:
                 continue
             sequence = chunk.sequence
             request = self._requests[sequence.request.request_id]
-            rows = np.arange(first_row, first_row + chunk.scored, dtype=np.int32)
-            found: PromptScored | Embedded | _BadRow | None
+            rows = range(first_row, first_row + chunk.scored)
+            found: PromptScored | Embedded | BadRow | None
             if sequence.pool is None:
-                found = self._score(sequence, values["logits"], rows)
+                found = self._readout.score(sequence, values["logits"], rows)
             else:
-                found = self._pool(sequence, sequence.pool, values[HIDDEN][rows])
-            if isinstance(found, _BadRow):
+                found = self._readout.pool(sequence, values[HIDDEN][rows.start : rows.stop])
+            if isinstance(found, BadRow):
                 self._fail(request, plan, first_row + found.row, found.status, events)
                 continue
             if found is not None:
@@ -311,81 +299,53 @@ class EngineCore:
                 reason = FinishReason.LENGTH if request.message.score_only else FinishReason.STOP
                 events.append(self._finished(request, sequence, reason))
 
-    def _score(self, sequence: Sequence, logits: Float32, rows: Int32) -> PromptScored | _BadRow:
-        """Log-probabilities of the next tokens of the prompt, from ``rows`` of the logits."""
-        first = sequence.scored
-        targets = sequence.tokens[first : first + len(rows)]
-        best = sequence.request.params.prompt_logprobs or 0
-        results = self._sampler.score(logits, rows, targets, best)
-        bad = np.flatnonzero(results[1])
-        if len(bad):
-            return _BadRow(int(bad[0]), int(results[1][bad[0]]))
-        sequence.scored += len(rows)
-        logprobs = tuple(_token_logprobs(results, i, best) for i in range(len(rows)))
-        return PromptScored(sequence.request.request_id, first, logprobs)
-
-    def _pool(self, sequence: Sequence, pool: PooledRows, hidden: Float32) -> Embedded | _BadRow | None:
-        """The embedding, with the next rows of the final norm; None while there are more to come."""
-        bad = np.flatnonzero(~np.isfinite(hidden).all(axis=1))
-        if len(bad):
-            return _BadRow(int(bad[0]), _NOT_FINITE)
-        pool.take(hidden)
-        return None if sequence.remaining else Embedded(sequence.request.request_id, pool.vector())
-
     def _sample(
         self,
-        alive: list[Chunk],
         chunks: list[Chunk],
         plan: StepPlan,
         values: Mapping[str, Float32],
         events: list[Event],
+        *,
+        masked: bool,
     ) -> int:
         """One token for every sequence whose last known token has run, and one for each fork of a finished prompt.
+        ``masked`` if grammars forbid some tokens to some of them.
 
         Returns how many were picked.
         """
-        rows: dict[Sequence, int] = {}
-        row = 0
+        sequences: list[Sequence] = []
+        rows: list[int] = []
+        row = -1
         for chunk in chunks:
             row += chunk.scored + chunk.samples
-            if chunk.samples:
-                rows[chunk.sequence] = row - 1
-        sequences: list[Sequence] = []
-        for chunk in alive:
-            if chunk.samples:
-                sequences.append(chunk.sequence)
-                for fork in self._forks(chunk.sequence):
-                    rows[fork] = rows[chunk.sequence]
-                    sequences.append(fork)
+            sequence = chunk.sequence
+            if chunk.samples and sequence.pages is not None:  # nothing of its request has failed in this step
+                sequences.append(sequence)
+                rows.append(row)
+                if sequence.length == sequence.prompt_length:
+                    forks = self._forks(sequence)
+                    sequences += forks
+                    rows += [row] * len(forks)
         if not sequences:
             return 0
-        results = self._sampler.sample(
-            values["logits"],
-            np.array([rows[s] for s in sequences], dtype=np.int32),
-            [s.settings for s in sequences],
-            [s.tokens for s in sequences],
-            np.array([s.prompt_length for s in sequences], dtype=np.int32),
-            [s.grammar.mask if s.grammar is not None else None for s in sequences] if self._grammars else [],
-        )
+        tokens, found = self._readout.pick(values["logits"], rows, sequences, masked=masked)
         now = self._clock()
-        for i, sequence in enumerate(sequences):
+        for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
             request = self._requests.get(sequence.request.request_id)
             if request is None:
                 continue  # another output of the request failed in this step
-            if results[1][i]:
-                self._fail(request, plan, rows[sequence], int(results[1][i]), events)
+            if found is not None and token < 0:
+                self._fail(request, plan, rows[i], found.status[i], events)
                 continue
+            if sequence.first_token is None:
+                sequence.first_token = now
             if request.beams is not None:
-                sequence.first_token = now if sequence.first_token is None else sequence.first_token
                 sequence.parked = True
-                request.nexts[sequence] = _token_logprobs(results, i, sequence.request.params.logprobs or 0)
+                request.nexts[sequence] = token_logprobs(found, i)
                 if len(request.nexts) == len(request.sequences):
                     self._expand_beams(request, events)
                 continue
-            wanted = sequence.request.params.logprobs
-            logprobs = None if wanted is None else _token_logprobs(results, i, wanted)
-            token = int(results[0][i])
-            sequence.first_token = now if sequence.first_token is None else sequence.first_token
+            logprobs = None if sequence.request.params.logprobs is None else token_logprobs(found, i)
             sequence.append(token)
             events.append(
                 TokenOutput(sequence.request.request_id, sequence.index, token, logprobs, token in sequence.end_ids)
@@ -406,18 +366,18 @@ class EngineCore:
 
     def _start_masks(self, chunks: list[Chunk]) -> _Masks | None:
         """Computes, while the step runs, which tokens the grammars allow after it."""
+        if self._grammars is None:
+            return None
         grammars = {
             chunk.sequence.grammar: chunk.sequence
             for chunk in chunks
             if chunk.samples and chunk.sequence.grammar is not None
         }
-        if not grammars or self._grammars is None:
+        if not grammars:
             return None
         return grammars, self._grammars.start_masks(grammars)
 
-    def _end_masks(self, masks: _Masks | None, events: list[Event]) -> None:
-        if masks is None:
-            return
+    def _end_masks(self, masks: _Masks, events: list[Event]) -> None:
         sequences, errors = masks
         for grammar, error in errors.result().items():
             self._drop(sequences[grammar], f"structured_outputs went beyond its limits: {error}", events)
@@ -532,7 +492,7 @@ class EngineCore:
 
     def _fail(self, request: _Request, plan: StepPlan, row: int, status: int, events: list[Event]) -> None:
         """Ends one request whose logits cannot be used; nothing that it computed stays in the cache."""
-        if status == _NOTHING_ALLOWED:
+        if status == NOTHING_ALLOWED:
             error = "the request leaves no token to pick: logit_bias, min_tokens, bad_words, allowed_token_ids and "
             error += "structured_outputs together exclude all. Exclude fewer"
             kind = FailureKind.REQUEST
@@ -546,12 +506,11 @@ class EngineCore:
         self._drop(request.sequences[0], error, events, kind)
 
 
-@dataclass(frozen=True, slots=True)
-class _BadRow:
-    """A row that cannot be used, counted among those looked at of its chunk, and the sampler's word for why."""
+_LOGITS = ("logits",)
+_GRAMMAR_WAIT = 0.01
+"""Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""
 
-    row: int
-    status: int
+_Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
 
 
 def _outputs(chunks: list[Chunk]) -> tuple[str, ...]:
@@ -560,18 +519,3 @@ def _outputs(chunks: list[Chunk]) -> tuple[str, ...]:
     pooled = (HIDDEN,) if any(pools) else ()
     reads = any(chunk.samples for chunk in chunks) or not all(pools)
     return ("logits", *pooled) if reads or not pooled else pooled
-
-
-_NOT_FINITE = 1
-_NOTHING_ALLOWED = 2
-_GRAMMAR_WAIT = 0.01
-"""Seconds between two looks at the inbox while a grammar is compiled and nothing else is to be done."""
-
-_Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
-_Results = tuple[Int32, Int32, Float32, Int32, Int32, Float32]
-
-
-def _token_logprobs(results: _Results, row: int, best: int) -> TokenLogprobs:
-    _, _, logprobs, ranks, best_ids, best_logprobs = results
-    pairs = zip(best_ids[row, :best].tolist(), best_logprobs[row, :best].tolist(), strict=True)
-    return TokenLogprobs(float(logprobs[row]), int(ranks[row]), tuple((i, p) for i, p in pairs if i >= 0))

@@ -11,7 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -56,14 +56,20 @@ class EventStream:
         self._open = requests
         self._together = together
         self._held: list[Event] = []
+        self._failed = False
         self._batches: queue.SimpleQueue[list[Event] | EngineDeadError] = queue.SimpleQueue()
         self._unread: deque[Event] = deque()
 
-    def put(self, events: list[Event], ended: int, *, failed: bool) -> None:
-        """The engine's side: the events of one step, ``ended`` requests among them for good."""
-        self._open -= ended
-        self._held += events
-        if not self._together or failed or self._open == 0:
+    def hold(self, event: Event, *, ends: bool) -> None:
+        """The engine's side: an event, perhaps the last one of its request. Nobody sees it before :meth:`pass_on`."""
+        self._held.append(event)
+        if ends:
+            self._open -= 1
+            self._failed |= isinstance(event, Failed)
+
+    def pass_on(self) -> None:
+        """The engine's side: that was all of this step."""
+        if not self._together or self._failed or self._open == 0:
             self._batches.put(self._held)
             self._held = []
 
@@ -206,6 +212,8 @@ class Engine:
 
     def _take_messages(self) -> bool:
         """Handles everything in the inbox, waiting for the first message if there is no work. False to stop."""
+        if self._core.busy and self._inbox.empty():
+            return True
         waiting = () if self._core.busy else (self._inbox.get(),)
         for item in itertools.chain(waiting, self._pending()):
             if isinstance(item, _Stop):
@@ -224,31 +232,21 @@ class Engine:
                 return
 
     def _deliver(self, events: list[Event]) -> None:
-        shares: dict[EventStream, _Share] = {}
+        touched: dict[EventStream, None] = {}
         with self._lock:
             for event in events:
                 stream, left = self._streams.get(event.request_id, (None, 0))
                 if stream is None:
                     continue
-                share = shares.setdefault(stream, _Share())
-                share.events.append(event)
-                if isinstance(event, Failed) or (isinstance(event, Finished) and left == 1):
+                ends = isinstance(event, Failed) or (isinstance(event, Finished) and left == 1)
+                if ends:
                     del self._streams[event.request_id]
-                    share.ended += 1
-                    share.failed |= isinstance(event, Failed)
                 elif isinstance(event, Finished):
                     self._streams[event.request_id] = (stream, left - 1)
-        for stream, share in shares.items():
-            stream.put(share.events, share.ended, failed=share.failed)
-
-
-@dataclass(slots=True)
-class _Share:
-    """One stream's part of a step's events."""
-
-    events: list[Event] = field(default_factory=list)
-    ended: int = 0
-    failed: bool = False
+                stream.hold(event, ends=ends)
+                touched[stream] = None
+        for stream in touched:
+            stream.pass_on()
 
 
 _running: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -12,6 +12,7 @@ that it is going to compute, so that another one with the same beginning can wai
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ CopyPage = Callable[[int, int, int], None]
 class SequencePages:
     """One sequence's page tables. Made by :class:`KvCache`, ended by :meth:`KvCache.release`."""
 
-    __slots__ = ("_tables", "committed", "computed", "first", "length", "planned", "tail")
+    __slots__ = ("_tables", "changes", "committed", "computed", "due", "first", "length", "planned", "room", "tail")
 
     def __init__(self, groups: int, capacity: int, tail: PrefixNode) -> None:
         self._tables: list[Int32] = [np.full(capacity, -1, dtype=np.int32) for _ in range(groups)]
@@ -40,6 +41,12 @@ class SequencePages:
         """Logical pages, the same in all groups."""
         self.computed = 0
         """Leading slots that hold keys and values."""
+        self.changes = 0
+        """How often an entry of a table changed: equal counts, equal tables."""
+        self.room = 0
+        """Leading slots that can be written as the tables are: no page has to be taken or copied for them."""
+        self.due = 0
+        """Computed slots at which :meth:`KvCache.commit` has more to do than to count them."""
         self.first = [0] * groups
         """First logical page that each group still holds; those before it left the window."""
         self.committed = 0
@@ -48,9 +55,9 @@ class SequencePages:
         self.planned: deque[PrefixNode] = deque()
         """Nodes of full pages that this sequence is going to commit, in their order."""
 
-    def table(self, group: int) -> Int32:
-        """Page of each logical page, -1 left of the window."""
-        return self._tables[group][: self.length]
+    def table(self, group: int, spare: int = 0) -> Int32:
+        """Page of each logical page, -1 left of the window; and up to ``spare`` entries of -1 for pages to come."""
+        return self._tables[group][: self.length + spare]
 
     def held(self, group: int) -> int:
         """Pages that the sequence holds in ``group``."""
@@ -58,11 +65,13 @@ class SequencePages:
 
     def assign(self, group: int, logical: int, page: int) -> None:
         self._tables[group][logical] = page
+        self.changes += 1
 
     def forget(self, group: int, logical: int) -> int:
         """Takes a page out of the table and returns it."""
         page = int(self._tables[group][logical])
         self._tables[group][logical] = -1
+        self.changes += 1
         return page
 
     def fork(self) -> SequencePages:
@@ -203,6 +212,7 @@ class KvCache:
             for logical in range(twin.first[group], twin.length):
                 pool.share(int(twin.table(group)[logical]))
         twin.tail.users += 1
+        pages.room = twin.room = 0  # whoever writes to the page that is filling copies it first
         self._sequences.add(twin)
         return twin
 
@@ -229,6 +239,7 @@ class KvCache:
             for logical in range(pages.length, pages.length + missing):
                 pages.assign(group, logical, pool.take())
         pages.length += missing
+        pages.room = pages.length * PAGE_TOKENS
         return True
 
     def commit(self, pages: SequencePages, tokens: Int32, computed: int) -> None:
@@ -253,6 +264,7 @@ class KvCache:
             for logical in range(pages.first[group], first):
                 pool.drop(pages.forget(group, logical))
             pages.first[group] = max(pages.first[group], first)
+        pages.due = self._due(pages)
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 
@@ -344,6 +356,15 @@ class KvCache:
                     pool.publish(page, node)
             assert node.parent is not None
             node = node.parent
+
+    def _due(self, pages: SequencePages) -> int:
+        """Computed slots at which a page of the sequence is full next, or leaves a window."""
+        leaving = [
+            (first + 1) * PAGE_TOKENS + window - 1
+            for first, window in zip(pages.first, self._windows, strict=True)
+            if window is not None
+        ]
+        return min([(pages.committed + 1) * PAGE_TOKENS if self._prefix_caching else sys.maxsize, *leaving])
 
     def _first_page(self, group: int, slots: int) -> int:
         """First logical page that slot ``slots`` and later ones see."""

@@ -159,7 +159,7 @@ class Embedded:
     vector: Float32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TokenOutput:
     """One generated token of output ``index``."""
 

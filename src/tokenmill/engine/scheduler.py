@@ -63,6 +63,8 @@ class Scheduler:
         self.prefix_queries = 0
         """Tokens of the sequences that started, and how many of them were found in the prefix cache."""
         self.prefix_hits = 0
+        self.planned = StepWork()
+        """What the step that was scheduled last consists of."""
         self.step_time = StepTimeModel()
         self._observed = 0
 
@@ -96,13 +98,16 @@ class Scheduler:
 
         ``now`` in seconds becomes the start of sequences that start.
         """
-        chunks: dict[Sequence, Chunk] = {}
         budget = StepBudget(self.limits.tokens, self.limits.rows, self.limits.step_target, self.step_time)
         preempted = self.preemptions
-        for decoding in (True, False):
-            for sequence in list(self.running):
-                if sequence.pages is not None and sequence.decodes == decoding:
-                    self._plan(sequence, chunks, budget)
+        others = []
+        for sequence in list(self.running):
+            if sequence.decodes:
+                self._plan_decode(sequence, budget)
+            else:
+                others.append(sequence)
+        for sequence in others:
+            self._plan(sequence, budget)
         # A sequence that lost its pages in this step does not get them back in the same one.
         place = 0
         while (
@@ -117,21 +122,31 @@ class Scheduler:
                 continue
             match self._admit(head, now):
                 case _Admission.STARTED:
-                    self._plan(head, chunks, budget)
+                    self._plan(head, budget)
                 case _Admission.DEFERRED:
                     place += 1
                 case _Admission.FULL:
                     break
+        chunks = budget.chunks
         if not chunks:
             self._unseat_parked()
+        self.planned = budget.work
         return [chunks[sequence] for sequence in self.running if sequence in chunks]
 
-    def advance(self, chunk: Chunk) -> None:
-        """The chunk has run: its slots are computed."""
-        sequence = chunk.sequence
-        assert sequence.pages is not None
-        sequence.computed += chunk.count
-        self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
+    def expected_seconds(self) -> float:
+        """How long the step that was scheduled last should take; 0 if steps keep to no target."""
+        return 0.0 if self.limits.step_target is None else self.step_time.seconds(self.planned)
+
+    def advance(self, chunks: list[Chunk]) -> None:
+        """The chunks have run: their slots are computed."""
+        for chunk in chunks:
+            sequence = chunk.sequence
+            assert sequence.pages is not None
+            sequence.computed += chunk.count
+            if sequence.computed < sequence.pages.due:
+                sequence.pages.computed = sequence.computed
+            else:
+                self.cache.commit(sequence.pages, sequence.tokens, sequence.computed)
 
     def observe(self, work: StepWork, seconds: float) -> None:
         """A step of ``work`` took ``seconds``."""
@@ -140,10 +155,18 @@ class Scheduler:
         if self.limits.step_target is not None and (work.prompt_tokens or self._observed % _DECODES_OBSERVED == 0):
             self.step_time.observe(work, seconds)
 
-    def _plan(self, sequence: Sequence, chunks: dict[Sequence, Chunk], budget: StepBudget) -> None:
+    def _plan_decode(self, sequence: Sequence, budget: StepBudget) -> None:
+        """The token sampled last. A step has a token and a row of logits for everyone: only pages can be short."""
+        assert sequence.pages is not None
+        if sequence.computed < sequence.pages.room or self._make_room(sequence, sequence.length, budget):
+            budget.decode(sequence)
+
+    def _plan(self, sequence: Sequence, budget: StepBudget) -> None:
+        """As many of the next tokens as fit."""
+        if sequence.pages is None:
+            return  # they went to a better rank
         decodes = sequence.decodes
-        most = budget.tokens if decodes else budget.prompt_tokens(sequence.computed)
-        count = min(sequence.remaining, most)
+        count = min(sequence.remaining, budget.tokens if decodes else budget.prompt_tokens(sequence.computed))
         skip = scored = 0
         wanted = sequence.wanted_rows
         if wanted:
@@ -153,25 +176,21 @@ class Scheduler:
             count = min(count, sequence.remaining - 1)  # the last token's logits have to wait for the next step
         if sequence.compiling is not None:
             count = min(count, sequence.remaining - 1)  # the last token has to wait for the grammar
-        if count <= 0 or not self._make_room(sequence, sequence.computed + count, chunks, budget):
+        if count <= 0 or not self._make_room(sequence, sequence.computed + count, budget):
             return
         if wanted:
             scored = max(min(sequence.computed + count, wanted.stop) - sequence.computed - skip, 0)
         samples = sequence.request.generates and count == sequence.remaining
-        chunk = Chunk(sequence, count, scored, skip, samples, decodes)
-        chunks[sequence] = chunk
-        budget.spend(chunk)
+        budget.spend(Chunk(sequence, count, scored, skip, samples, decodes))
 
-    def _make_room(self, sequence: Sequence, slots: int, chunks: dict[Sequence, Chunk], budget: StepBudget) -> bool:
+    def _make_room(self, sequence: Sequence, slots: int, budget: StepBudget) -> bool:
         """Gets pages for slots 0..slots - 1, from worse ranks if need be. False if the sequence must wait."""
         assert sequence.pages is not None
         while not self.cache.extend(sequence.pages, slots):
             victim = self.running[-1]
             if victim is sequence:
                 return False  # nobody to take from: it keeps its pages and waits until a better rank is done
-            chunk = chunks.pop(victim, None)
-            if chunk is not None:
-                budget.refund(chunk)
+            budget.refund(victim)
             self._preempt(victim)
         return True
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 
-import numpy as np
-
-from tokenmill._native import SamplerSettings
+from tokenmill._native import TokenHistory
 from tokenmill.engine.grammar import Grammar
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.messages import AddRequest, Timings
@@ -22,7 +20,7 @@ class Sequence:
     """State of output ``index`` of a request. A preempted sequence keeps everything but its pages."""
 
     __slots__ = (
-        "_buffer",
+        "_settings",
         "awaits",
         "cached_tokens",
         "compiling",
@@ -30,7 +28,9 @@ class Sequence:
         "end_ids",
         "first_token",
         "grammar",
+        "history",
         "index",
+        "last_token",
         "length",
         "pages",
         "parked",
@@ -40,7 +40,6 @@ class Sequence:
         "rank",
         "request",
         "scored",
-        "settings",
         "started",
         "swapped",
     )
@@ -51,9 +50,6 @@ class Sequence:
         self.rank = rank
         """Place in the queue: smaller goes first."""
         self.end_ids = end_ids
-        self.settings: SamplerSettings = sampler_settings(
-            request.params, sample_index=index, end_ids=end_ids, bad_words=request.bad_words
-        )
         self.parked = False
         """True for a beam that knows its next tokens and waits for its siblings: it must not run."""
         self.grammar: Grammar | None = None
@@ -61,10 +57,13 @@ class Sequence:
         self.compiling: Future[Grammar] | None = None
         """While this is set the sequence cannot sample."""
         self.prompt_length = len(request.prompt)
-        self._buffer = np.zeros(self.prompt_length + 64, dtype=np.int32)
-        self._buffer[: self.prompt_length] = request.prompt
+        settings = sampler_settings(request.params, sample_index=index, end_ids=end_ids, bad_words=request.bad_words)
+        self.history = TokenHistory(settings, request.prompt, self.prompt_length)
+        """Prompt and output, for the sampler too."""
+        self._settings = settings
         self.length = self.prompt_length
         """Tokens, prompt and output."""
+        self.last_token = int(request.prompt[-1])
         self.pages: SequencePages | None = None
         self.awaits: PrefixNode | None = None
         """The page that another sequence was about to compute when this one last asked to start."""
@@ -82,8 +81,8 @@ class Sequence:
 
     @property
     def tokens(self) -> Int32:
-        """Prompt and output; valid until the next append."""
-        return self._buffer[: self.length]
+        """A copy of prompt and output."""
+        return self.history.copy(0, self.length)
 
     @property
     def output_length(self) -> int:
@@ -102,7 +101,7 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """True if all that is left to run is the token sampled last."""
-        return self.output_length > 0 and self.remaining == 1
+        return self.length - self.computed == 1 and self.length > self.prompt_length
 
     @property
     def wanted_rows(self) -> range:
@@ -127,15 +126,15 @@ class Sequence:
     def twin(self, index: int) -> Sequence:
         """Another sequence with the same tokens, without pages, that ranks as output ``index`` of the request."""
         other = Sequence(self.request, index, (*self.rank[:2], index), self.end_ids)
-        other._buffer, other.length = self._buffer.copy(), self.length
+        other.history = TokenHistory(other._settings, self.tokens, self.prompt_length)
+        other.length, other.last_token = self.length, self.last_token
         other.scored, other.cached_tokens, other.started = self.scored, self.cached_tokens, self.started
         other.first_token = self.first_token
         return other
 
     def append(self, token: int) -> None:
-        if self.length == len(self._buffer):
-            self._buffer = np.concatenate([self._buffer, np.zeros_like(self._buffer)])
-        self._buffer[self.length] = token
+        self.history.append(token)
+        self.last_token = token
         self.length += 1
 
     def timings(self, finished: float) -> Timings:

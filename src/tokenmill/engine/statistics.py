@@ -37,7 +37,7 @@ class Histogram:
         return Histogram(self.bounds, list(self.counts), self.total)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     """One step. Times in seconds."""
 
@@ -96,15 +96,16 @@ class StepStatistics:
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
 
     def add(self, step: StepRecord) -> None:
+        rows, seconds = step.rows, step.seconds
         self.steps += 1
-        self.tokens += step.rows
+        self.tokens += rows
         self.prompt_tokens += step.prompt_tokens
         self.sampled += step.sampled
         self.schedule_seconds += step.schedule
         self.forward_seconds += step.forward
         self.sample_seconds += step.sample
-        (self.prompt_step_seconds if step.prompt_tokens else self.decode_step_seconds).add(step.seconds)
-        self.step_rows.add(step.rows)
+        (self.prompt_step_seconds if step.prompt_tokens else self.decode_step_seconds).add(seconds)
+        self.step_rows.add(rows)
         self.recent.append(step)
 
     def copy(self) -> StepStatistics:

@@ -9,7 +9,6 @@ get at least as much time as the decodes take, so that they go on where decodes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tokenmill.engine.sequence import Sequence
@@ -30,7 +29,7 @@ _ALONE = 4.0
 """While nothing decodes nobody waits for a token, and steps of this many targets read the weights less often."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chunk:
     """Tokens computed, ..., computed + count - 1 of ``sequence``."""
 
@@ -45,19 +44,12 @@ class Chunk:
     """True if the chunk is the token sampled last and nothing else."""
 
 
-def step_work(chunks: Iterable[Chunk]) -> StepWork:
-    """What ``chunks`` are to the model of a step's time. Call it before they have run."""
-    work = StepWork()
-    for chunk in chunks:
-        _add(work, chunk, 1)
-    return work
-
-
 class StepBudget:
-    """What is left of a step that is being planned."""
+    """A step that is being planned: ``chunks`` by their sequences, and what is left for more."""
 
     def __init__(self, tokens: int, rows: int, target: float | None, model: StepTimeModel) -> None:
         """``target``: seconds that the step should take; None bounds it by tokens only."""
+        self.chunks: dict[Sequence, Chunk] = {}
         self.tokens = tokens
         self.rows = rows
         self.scored = MAX_SCORED_ROWS
@@ -82,22 +74,29 @@ class StepBudget:
             count = max(count, _LEAST_PROMPT)
         return min(count, self.tokens)
 
+    def decode(self, sequence: Sequence) -> None:
+        """Adds the token that the sequence sampled last."""
+        self.chunks[sequence] = Chunk(sequence, 1, 0, 0, True, True)
+        self.tokens -= 1
+        self.rows -= 1
+        self.work.decoded += 1
+        self.work.decoded_slots += sequence.length
+
     def spend(self, chunk: Chunk) -> None:
+        self.chunks[chunk.sequence] = chunk
         self._count(chunk, 1)
 
-    def refund(self, chunk: Chunk) -> None:
-        """The chunk is not in the step after all."""
-        self._count(chunk, -1)
+    def refund(self, sequence: Sequence) -> None:
+        """The sequence is not in the step after all, if it was."""
+        chunk = self.chunks.pop(sequence, None)
+        if chunk is not None:
+            self._count(chunk, -1)
 
     def _count(self, chunk: Chunk, sign: int) -> None:
         self.tokens -= sign * chunk.count
         self.rows -= sign * (chunk.scored + chunk.samples)
         self.scored -= sign * chunk.scored
-        _add(self.work, chunk, sign)
-
-
-def _add(work: StepWork, chunk: Chunk, sign: int) -> None:
-    if chunk.decodes:
-        work.add_decode(chunk.sequence.computed, sign)
-    else:
-        work.add_prompt(chunk.sequence.computed, chunk.count, sign)
+        if chunk.decodes:
+            self.work.add_decode(chunk.sequence.computed, sign)
+        else:
+            self.work.add_prompt(chunk.sequence.computed, chunk.count, sign)

@@ -12,7 +12,7 @@ from tokenmill.cli.options import Memory, Model, Threads
 from tokenmill.cli.terminal import print_table
 
 if TYPE_CHECKING:
-    from tokenmill.bench.profile import StepProfile
+    from tokenmill.bench.profile import EngineStep, StepProfile
 
 
 def profile(
@@ -49,6 +49,8 @@ def profile(
     )
     for step in result.steps:
         _print(step)
+    if result.engine is not None:
+        _print_engine(result.engine, result.steps[-1])
     figures = {"model": model, **asdict(result)}
     write(json_file, "profile", figures, path)
     if plot is not None:
@@ -79,4 +81,19 @@ def _print(step: StepProfile) -> None:
     outside = step.seconds - inside - step.prepare_seconds
     for name, seconds in (("preparing the step", step.prepare_seconds), ("call from Python", outside)):
         rows.append((name, "", f"{1e3 * seconds:.3f}", f"{100 * seconds / step.seconds:.1f} %", "", "", ""))
+    print(
+        f"{step.forks} forks: {1e6 * step.joining_seconds:.0f} us of the step are no thread's work; "
+        f"a thread waits {1e6 * step.waiting_seconds:.0f} us for others "
+        f"({100 * step.waiting_seconds / step.seconds:.1f} %)"
+    )
     print_table(("op", "count", "ms", "of step", "MB", "Gop", "of limit"), rows, right=range(1, 7))
+
+
+def _print_engine(engine: EngineStep, decode: StepProfile) -> None:
+    between = engine.seconds - engine.network_seconds
+    outside = between + decode.prepare_seconds + decode.joining_seconds
+    print(
+        f"\nin the engine: {1e3 * engine.seconds:.3f} ms a decode step, {1e6 * between:.0f} us of it between two runs "
+        f"of the network (Python and the sampler); with preparing, forking and joining {1e6 * outside:.0f} us, "
+        f"{100 * outside / engine.seconds:.1f} %"
+    )
