@@ -137,7 +137,7 @@ def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded, tmp_pat
         core = make_core(loaded, pages=64, tokens=512, sequences=1, threads=1, caching=False)
         reference.update(run(core, [message], random.Random(0)))
     preemptions = hits = 0
-    engines = ((24, 32, 8, 2, None), (28, 100, 12, 3, None), (64, 17, 5, 1, None), (40, 512, 8, 2, 0.004))
+    engines = ((21, 32, 8, 2, None), (21, 100, 12, 3, None), (21, 17, 8, 1, None), (24, 512, 12, 2, 0.004))
     for seed, (pages, tokens, sequences, threads, step_target) in enumerate(engines):
         core = make_core(
             loaded,
@@ -155,7 +155,7 @@ def test_scheduling_changes_no_token_and_no_bit_of_a_probability(loaded, tmp_pat
         if swaps:
             assert core.scheduler.swap.swapped_in == core.scheduler.swap.swapped_out == core.statistics.preemptions
             assert core.scheduler.swap.used == 0
-    assert preemptions >= 3, "the caches were meant to be too small"
+    assert preemptions >= 8, "the caches were meant to be too small"
     assert hits, "no prompt was found in the prefix cache"
 
 
