@@ -17,6 +17,7 @@ from model_files import CopyingPacker, bind_all, small_model
 from test_fuzz import mutate
 
 from tokenmill.cache_folder import cache_folder
+from tokenmill.weights import packed_file as packed_file_module
 from tokenmill.weights.cache import CacheEntry
 from tokenmill.weights.checkpoint import file_digest, open_checkpoint
 from tokenmill.weights.packing import load_weights
@@ -238,9 +239,18 @@ def test_a_disk_that_fills_in_the_middle(model, cache, caplog, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments)
 
+    monkeypatch.setattr(packed_file_module, "_PIECE", 4096)  # the model is smaller than one piece
     monkeypatch.setattr(os, "pwrite", filling)
     assert_packed_in_memory(model, cache, caplog, "No space left on device")
     assert files_left(cache) == {"lock"}
+
+
+@pytest.mark.parametrize("piece", [64, 1000, 1 << 20])
+def test_weights_cross_the_borders_of_pieces(model, cache, monkeypatch, piece):
+    expected = contents(load(model, cache, use_cache=False))
+    monkeypatch.setattr(packed_file_module, "_PIECE", piece)
+    load(model, cache)
+    assert contents(load(model, cache, verify=True)) == expected
 
 
 def test_a_short_write_is_continued(model, cache, monkeypatch):
