@@ -3,8 +3,8 @@
 Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
 :class:`tokenmill.engine.step_time.StepTimeModel` knows. Cutting a prompt costs time: each of its chunks reads the
 weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow,
-as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. Where decodes
-take more than half of the target, it cannot be kept while prompts go on: twice the time of the decodes takes its place.
+as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. Where
+decodes take more than half of the target, twice their time takes its place, so that prompts go on.
 """
 
 from __future__ import annotations
