@@ -3,8 +3,8 @@
 Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
 :class:`tokenmill.engine.step_time.StepTimeModel` knows. Cutting a prompt costs time: each of its chunks reads the
 weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow,
-as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. Where
-decodes take more than half of the target, twice their time takes its place, so that prompts go on.
+as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. And prompts
+get at least as much time as the decodes take, so that they go on where decodes alone use up the target.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_SCORED_ROWS = 64
 
 _LEAST_PROMPT = 8
 """Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
-_OVERHEAD = 0.2
+_OVERHEAD = 0.25
 """Share of a step that decodes and reading the context again may take before the step grows."""
 _LONGEST = 1.9
 """Targets (two, with a little to spare) that all but one in a hundred of such steps stay below, and ..."""
@@ -64,12 +64,11 @@ class StepBudget:
         decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
         if self.work.decoded:
             overhead = decodes + self._model.chunk_seconds(computed)
-            target = max(self._target, 2 * decodes)
-            longest = max(_LONGEST / (1 + _DEVIATIONS * self._model.spread), 1.0) * target
-            seconds = min(max(target, overhead / _OVERHEAD), longest)
+            longest = max(_LONGEST / (1 + _DEVIATIONS * self._model.spread), 1.0) * self._target
+            seconds = min(max(self._target, overhead / _OVERHEAD), longest)
         else:
-            seconds = max(_ALONE * self._target, 2 * decodes)
-        left = seconds - self._model.seconds(self.work)
+            seconds = _ALONE * self._target
+        left = max(seconds, 2 * decodes) - self._model.seconds(self.work)
         count = self._model.prompt_tokens(self.work, computed, left)
         if self.work.prompt_tokens == 0:
             count = max(count, _LEAST_PROMPT)
