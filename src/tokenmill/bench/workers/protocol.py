@@ -135,5 +135,5 @@ def processor_has(feature: str) -> bool:
 
 
 def computes_bf16() -> bool:
-    """True if the processor has instructions for bfloat16; without, a peer's emulation is slower than its float32."""
+    """True if the processor has instructions for bfloat16; without them, libraries emulate it."""
     return processor_has("avx512_bf16") or processor_has("amx_bf16")
