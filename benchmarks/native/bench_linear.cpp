@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <vector>
 
 #include "kernels/linear.h"
@@ -36,7 +37,10 @@ void bench(WeightFormat format, int32_t n, int32_t k, int32_t rows, ThreadPool& 
   std::vector<AlignedBytes> scratch;
   for (int i = 0; i < pool.size(); ++i) scratch.push_back(aligned_bytes(linear_scratch_bytes()));
   std::vector<float> values(static_cast<size_t>(k));
-  for (int32_t i = 0; i < k; ++i) values[static_cast<size_t>(i)] = static_cast<float>(i % 97) - 48.0f;
+  // Distributed as activations are: a kernel may look at them for a shorter way.
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (float& value : values) value = normal(random);
   for (int32_t row = 0; row < rows; ++row) {
     linear_kernels().quantize_row(values.data(), k, activation, x.get() + static_cast<size_t>(row) * stride);
   }

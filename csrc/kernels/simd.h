@@ -159,6 +159,23 @@ constexpr int dot_bits(int code_bits) { return code_bits <= 4 ? 4 : code_bits; }
 constexpr int dot_bits(int code_bits) { return code_bits <= 6 ? 6 : code_bits; }
 #endif
 
+#if !defined(TM_HAS_DOT2_FROM)
+TM_INLINE I32x16 dot2_from(I32x16 acc, I32x16 w, const uint8_t* pair) { return dot2(acc, w, load_i32(pair)); }
+#endif
+
+// acc + a * b as int32; b comes from as_multiplier(x), x in -32768..32767. With kI16, a lies there, too.
+#if defined(TM_HAS_MULTIPLY_ADD_I16)
+inline constexpr bool kHasMultiplyAddI16 = true;
+#else
+inline constexpr bool kHasMultiplyAddI16 = false;
+TM_INLINE I32x16 multiply_add_i16(I32x16 acc, I32x16 a, I32x16 b) { return multiply_add_i32(acc, a, b); }
+#endif
+template <bool kI16>
+TM_INLINE I32x16 multiply_add(I32x16 acc, I32x16 a, I32x16 b) {
+  if constexpr (kI16) return multiply_add_i16(acc, a, b);
+  return multiply_add_i32(acc, a, b);
+}
+
 // ---- shared by all paths -------------------------------------------------------------------------------------------
 
 // The one tree that reduces 16 lanes: halves, then quarters, eighths, sixteenths. Upper lanes hold nothing of meaning.

@@ -117,8 +117,10 @@ TM_LAYOUT_INLINE ChunkPlanes chunk_planes(ChunkLayout layout, int groups) {
 //   scaled_sums    kInt8Group32: fp32 [k/32], sum * scale
 //   pairs16        kInt8Group256: int16 [k/16], sums of 16 codes
 //   pairs32        kInt8Group256: int16 [k/32], sums of 32 codes
+//   peaks          kInt8Group256: int16 [k/256][2], the largest sum over 16 codes of their magnitudes, and the largest
+//                  over 32 codes of those of one sign
 struct ActivationLayout {
-  size_t scales, negative_sums, scaled_sums, pairs16, pairs32, bytes;
+  size_t scales, negative_sums, scaled_sums, pairs16, pairs32, peaks, bytes;
 };
 
 TM_LAYOUT_INLINE size_t round_up_64(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -140,7 +142,8 @@ TM_LAYOUT_INLINE ActivationLayout activation_layout(ActivationFormat format, int
     layout.negative_sums = layout.scales + round_up_64((columns + 255) / 256 * 4);
     layout.pairs16 = layout.negative_sums + round_up_64((columns + 15) / 16 * 4);
     layout.pairs32 = layout.pairs16 + round_up_64((columns + 15) / 16 * 2);
-    layout.bytes = layout.pairs32 + round_up_64((columns + 31) / 32 * 2);
+    layout.peaks = layout.pairs32 + round_up_64((columns + 31) / 32 * 2);
+    layout.bytes = layout.peaks + round_up_64((columns + 255) / 256 * 4);
   }
   return layout;
 }

@@ -165,16 +165,17 @@ def emulate(weight: Weight, x: F32, segment: int = SEGMENT, descending: bool = F
         scale = s_of[:, block : block + 1]
         if super_block:
             step = 256 // scales.shape[-1]
-            p = np.zeros((m, n), np.float32)
+            whole = np.zeros((m, n), np.int64)
             minimum_sum = np.zeros((m, n), np.int64)
             for g in range(scales.shape[-1]):
                 inner = slice(block * 256 + g * step, block * 256 + (g + 1) * step)
                 dot = a[:, inner].astype(np.int64) @ codes[:, inner].T
-                p = fma(dot.astype(np.float32), (d[:, block] * scales[:, block, g])[None, :], p)
+                whole += dot * scales[:, block, g].astype(np.int64)[None, :]
                 if minimums is not None:
                     minimum_sum += (
                         a[:, inner].sum(-1, dtype=np.int64)[:, None] * minimums[:, block, g].astype(np.int64)[None, :]
                     )
+            p = whole.astype(np.float32) * d[None, :, block]
             if dmin is not None:
                 p = fma(minimum_sum.astype(np.float32), -dmin[None, :, block], p)
             acc = fma(p, scale, acc)

@@ -2,6 +2,7 @@
 //
 // Runs without Python, so under sanitizers and for other processors. All buffers have their exact size, so that an
 // address sanitizer sees any read or write past an end; strides are larger than rows where the interface allows it.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -62,6 +63,33 @@ std::vector<uint8_t> random_source(WeightFormat format, int n, int k, std::mt199
   return source;
 }
 
+// The first row gets the largest codes and scales that the format has, the second one of Q6_K the smallest.
+void set_extremes(WeightFormat format, int k, std::vector<uint8_t>& source) {
+  if (activation_format(format) != ActivationFormat::kInt8Group256) return;
+  const size_t size = chunk_layout(format).source_bytes, row = source_row_bytes(format, k);
+  for (size_t at = 0; at < row; at += size) {
+    switch (format) {
+      case WeightFormat::kQ4K: std::memset(&source[at + 4], 0xff, 140); break;
+      case WeightFormat::kQ5K: std::memset(&source[at + 4], 0xff, 172); break;
+      case WeightFormat::kQ6K:
+        std::memset(&source[at], 0xff, 192);
+        std::memset(&source[at + 192], 0x7f, 16);
+        std::memset(&source[row + at], 0, 192);
+        std::memset(&source[row + at + 192], 0x80, 16);
+        break;
+      default: break;
+    }
+  }
+}
+
+// Activations whose codes have one sign in 16 columns and in 32 and sum to `sum` there, as far as 16 columns of 127 go.
+void set_sums(float* x, int k, int sum) {
+  for (int i = 0; i < k; ++i) {
+    const int place = i % 32, left = sum - place * 127;
+    x[i] = static_cast<float>(std::clamp(left, 0, 127)) * (i / 32 % 3 == 2 ? -1.0f : 1.0f);
+  }
+}
+
 struct Case {
   PackedWeight weight;
   AlignedBytes packed;
@@ -71,7 +99,8 @@ struct Case {
 
 Case make_case(WeightFormat format, int n, int k, std::mt19937& random) {
   Case c;
-  const std::vector<uint8_t> source = random_source(format, n, k, random);
+  std::vector<uint8_t> source = random_source(format, n, k, random);
+  set_extremes(format, k, source);
   const size_t bytes = packed_bytes(format, n, k);
   c.packed = aligned_bytes(bytes);
   pack_rows(format, source.data(), n, k, c.packed.get(), 0, (n + 15) / 16);
@@ -79,6 +108,9 @@ Case make_case(WeightFormat format, int n, int k, std::mt19937& random) {
   std::normal_distribution<float> normal;
   c.x.resize(static_cast<size_t>(kMostRows) * static_cast<size_t>(k));
   for (float& value : c.x) value = normal(random) * (random() % 97 == 0 ? 30.0f : 1.0f);
+  // Around the sums from which on dot products may leave int16: of Q5_K, Q6_K, Q4_K, and the largest ones.
+  int row = 4;
+  for (int sum : {1023, 1024, 1057, 1058, 2032, 2184, 2185, 4064}) set_sums(c.x.data() + static_cast<size_t>(row++) * static_cast<size_t>(k), k, sum);
   c.bias.resize(static_cast<size_t>(n));
   for (float& value : c.bias) value = normal(random);
   c.residual.resize(static_cast<size_t>(kMostRows) * static_cast<size_t>(n));

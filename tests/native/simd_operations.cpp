@@ -93,6 +93,10 @@ int run(const SimdInputs& in, uint8_t* out) {
   sink.put(dot4<8>(i, bytes, in.quad));
   sink.put(dot4<6>(i, codes6, in.quad));
   sink.put(dot2(j, load_u8_as_i16_pairs(in.bytes), in.pair));
+  const I32x16 multiplier = as_multiplier(load_i8_as_i32(reinterpret_cast<const int8_t*>(in.bytes)));
+  sink.put(multiply_add<false>(j, i, multiplier));
+  sink.put(multiply_add<true>(j, sums_of_16(blocks), multiplier));
+  sink.put(abs_i8(narrow_to_i8(load_i8_as_i32(codes + 16), load_i8_as_i32(codes), load_i8_as_i32(codes + 48), load_i8_as_i32(codes + 32))));
   sink.put(keep_first(lanes_down<8>(a), 8, b));
   sink.put(keep_first(lanes_down<4>(a), 12, b));
   sink.put(keep_first(lanes_down<2>(a), 14, b));

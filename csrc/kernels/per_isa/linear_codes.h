@@ -7,10 +7,12 @@ namespace tokenmill::TM_ISA {
 
 // The scales of one chunk of one row block, expanded; lanes are the 16 rows.
 struct alignas(64) ChunkScales {
-  float scale[16][16];   // of each scale group; super-blocks: d * the whole number, which is exact
-  float minimum[8][16];  // groups of 32 only
-  int32_t minimum_pairs[8][16];  // super-blocks: minimums of scale groups 2i and 2i + 1 as two int16
-  float negative_dmin[16];
+  float scale[8][16], minimum[8][16];  // groups of 32
+  // Super-blocks: the whole number of each scale group as a multiplier (simd.h), and its unit; minimums of scale groups
+  // 2i and 2i + 1 as two int16.
+  int32_t whole_scale[16][16];
+  int32_t minimum_pairs[8][16];
+  float d[16], negative_dmin[16];
 };
 
 // IQ4_NL's code book + 128, in code order.
@@ -70,8 +72,8 @@ struct PackedCodes {
         for (int g = 0; g < groups; ++g) store(out.minimum[g], load_f16(halves(planes.m) + 16 * g));
       }
     } else {
-      const F32x16 d = load_f16(halves(planes.d));
-      expand_integer_scales(d, out);
+      store(out.d, load_f16(halves(planes.d)));
+      expand_whole_scales(out);
       if constexpr (kLayout.has_minimum) store(out.negative_dmin, sub(set1(-0.0f), load_f16(halves(planes.m))));
     }
   }
@@ -96,7 +98,7 @@ struct PackedCodes {
 
   TM_INLINE const uint16_t* halves(int at) const { return reinterpret_cast<const uint16_t*>(chunk + at); }
 
-  TM_INLINE void expand_integer_scales(F32x16 d, ChunkScales& out) const {
+  TM_INLINE void expand_whole_scales(ChunkScales& out) const {
     constexpr int kScales = kChunkColumns / kLayout.scale_columns;
     const uint8_t* packed = chunk + planes.scales;
     alignas(64) uint8_t codes[512];  // scales, then minimums
@@ -123,7 +125,7 @@ struct PackedCodes {
         scale = load_u8_as_i32(codes + 16 * g);
         if constexpr (kFormat == WeightFormat::kQ3K) scale = sub(scale, set1_i32(32));
       }
-      store(out.scale[g], mul(d, to_f32(scale)));
+      store(out.whole_scale[g], as_multiplier(scale));
     }
     if constexpr (kLayout.has_minimum) {
       for (int i = 0; i < kScales / 2; ++i) store(out.minimum_pairs[i], load_u8_as_i16_pairs(codes + 16 * kScales + 32 * i));

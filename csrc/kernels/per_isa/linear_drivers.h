@@ -58,6 +58,7 @@ TM_INLINE void multiply_direct_rows(Indices<kSizes...>, const LinearArguments& a
 }
 
 using TileRow = float[kTileBlocks][16];
+alignas(64) inline constexpr TileRow kNoSums[kTileRows] = {};
 
 template <class Format>
 struct TileScratch {
@@ -91,11 +92,10 @@ __attribute__((noinline)) inline void write_outputs(const Sweep& sweep, int m, i
 template <class Kind, int kRows>
 TM_INLINE void multiply_panel(const typename Kind::Tile& tile, int columns, const typename Kind::Activations& x, const Sweep& sweep, int row) {
   TileRow* rows = sweep.acc + row;
+  const TileRow* sums = sweep.begins_segment ? kNoSums : rows;
   F32x16 acc[kRows][kTileBlocks];
-  TM_UNROLL for (int m = 0; m < kRows; ++m) {
-    TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = sweep.begins_segment ? zero_f32() : load(rows[m][n]);
-  }
-  Kind::template multiply_tile<kRows>(tile, columns, x, acc);
+  const auto before = [&](int m, int n) TM_UNROLLED { return load(sums[m][n]); };
+  Kind::template multiply_tile<kRows>(tile, columns, x, before, acc);
   if (sweep.ends_segment) {
     TileRow* total = sweep.total + row;
     TM_UNROLL for (int m = 0; m < kRows; ++m) {

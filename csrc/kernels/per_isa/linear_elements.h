@@ -21,8 +21,12 @@ struct ElementKind {
   };
   using Activations = ElementActivations;
 
-  template <int kRows>
-  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ElementActivations& x, F32x16 (&acc)[kRows][kTileBlocks]) {
+  template <int kRows, class Before>
+  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ElementActivations& x, const Before& before,
+                                      F32x16 (&acc)[kRows][kTileBlocks]) {
+    TM_UNROLL for (int m = 0; m < kRows; ++m) {
+      TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = before(m, n);
+    }
     for (int k = 0; k < columns; ++k) {
       F32x16 w[kTileBlocks];
       TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) w[n] = load(tile.w[k][n]);

@@ -19,17 +19,25 @@ struct ChunkActivations {
   const uint8_t* negative_sums;
   const uint8_t* scaled_sums;
   const uint8_t* pairs;
+  const uint8_t* peaks;
   size_t stride;
 
   TM_INLINE const uint8_t* quad(int row, int group, int j) const { return codes + static_cast<size_t>(row) * stride + 32 * group + 4 * j; }
   TM_INLINE F32x16 scale(int row, int group) const { return set1(load_f32(scales + static_cast<size_t>(row) * stride + 4 * group)); }
   TM_INLINE int32_t negative_sum(int row, int index) const { return load_i32(negative_sums + static_cast<size_t>(row) * stride + 4 * index); }
   TM_INLINE F32x16 scaled_sum(int row, int group) const { return set1(load_f32(scaled_sums + static_cast<size_t>(row) * stride + 4 * group)); }
-  TM_INLINE int32_t pair(int row, int index) const { return load_i32(pairs + static_cast<size_t>(row) * stride + 4 * index); }
+  TM_INLINE const uint8_t* pair(int row, int index) const { return pairs + static_cast<size_t>(row) * stride + 4 * index; }
+
+  // Super-blocks: the largest dot product of a scale group is at most this times the largest code.
+  TM_INLINE int32_t peak(int row) const {
+    int16_t value;
+    memcpy(&value, peaks + static_cast<size_t>(row) * stride, 2);
+    return value;
+  }
 
   TM_INLINE ChunkActivations from_row(int row) const {
     const size_t skip = static_cast<size_t>(row) * stride;
-    return {codes + skip, scales + skip, negative_sums + skip, scaled_sums + skip, pairs + skip, stride};
+    return {codes + skip, scales + skip, negative_sums + skip, scaled_sums + skip, pairs + skip, peaks + skip, stride};
   }
 };
 
@@ -37,7 +45,7 @@ constexpr int log2_of(int power) { return power <= 1 ? 0 : 1 + log2_of(power / 2
 
 // What decides the arithmetic of a format; formats of one kind share the many-row kernel. Either codes have an offset, a
 // power of two, or the format has a minimum (kOffset = 0).
-template <bool kSuperBlock, int kScaleColumns, int kOffset, int kDotBits>
+template <bool kSuperBlock, int kScaleColumns, int kOffset, int kCodeBits, int kDotBits>
 struct IntegerKind {
   using Sum = QuadSum<kDotBits>;
   static constexpr bool kHasMinimum = kOffset == 0;
@@ -54,23 +62,42 @@ struct IntegerKind {
 
   using Activations = ChunkActivations;
 
-  template <int kRows>
-  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ChunkActivations& x, F32x16 (&acc)[kRows][kTileBlocks]) {
-    multiply<kRows, kTileBlocks>(tile, tile.scales, columns / kGroupColumns, x, acc);
+  // acc[m][n] = before(m, n) + the products of one chunk. A super-block needs `before` at its end only, when registers
+  // are free again.
+  template <int kRows, class Before>
+  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ChunkActivations& x, const Before& before,
+                                      F32x16 (&acc)[kRows][kTileBlocks]) {
+    multiply<kRows, kTileBlocks>(tile, tile.scales, columns / kGroupColumns, x, before, acc);
   }
 
-  // acc[m][n] += the products of one chunk.
-  template <int kRows, int kBlocks, class Codes>
+  template <int kRows, int kBlocks, class Codes, class Before>
   static TM_INLINE void multiply(const Codes& codes, const ChunkScales* scales, int groups, const ChunkActivations& x,
-                                 F32x16 (&acc)[kRows][kBlocks]) {
-    if constexpr (kSuperBlock) {
-      multiply_super_block<kRows, kBlocks>(codes, scales, x, acc);
-    } else {
+                                 const Before& before, F32x16 (&acc)[kRows][kBlocks]) {
+    if constexpr (!kSuperBlock) {
+      TM_UNROLL for (int m = 0; m < kRows; ++m) {
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) acc[m][n] = before(m, n);
+      }
       multiply_groups<kRows, kBlocks>(codes, scales, groups, x, acc);
+    } else if (dots_fit_i16(kRows, x)) {
+      multiply_super_block<kRows, kBlocks, true>(codes, scales, x, before, acc);
+    } else {
+      multiply_super_block<kRows, kBlocks, false>(codes, scales, x, before, acc);
     }
   }
 
  private:
+  static constexpr int kMostCode = kHasMinimum ? (1 << kCodeBits) - 1 : kOffset;
+
+  // Whether the dot products of a scale group lie in -32,767..32,767, whatever the codes: the multiplication by their
+  // scales then takes one instruction, and not three. With real activations they nearly always do.
+  static TM_INLINE bool dots_fit_i16([[maybe_unused]] int rows, [[maybe_unused]] const ChunkActivations& x) {
+    if constexpr (kMostCode * 127 * kScaleColumns <= 32767) return true;
+    if constexpr (!kHasMultiplyAddI16) return false;
+    bool fit = true;
+    for (int m = 0; m < rows; ++m) fit &= x.peak(m) <= 32767 / kMostCode;
+    return fit;
+  }
+
   // dot[m][n] = the exact dot product of quads begin .. end - 1 of a group; `sum_index` names their sum of activations.
   template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
   static TM_INLINE void dot_quads(const Codes& codes, int group, int sum_index, const ChunkActivations& x,
@@ -126,45 +153,48 @@ struct IntegerKind {
     }
   }
 
-  template <int kRows, int kBlocks, class Codes>
+  template <int kRows, int kBlocks, bool kFitI16, class Codes, class Before>
   static TM_INLINE void multiply_super_block(const Codes& codes, const ChunkScales* scales, const ChunkActivations& x,
-                                             F32x16 (&acc)[kRows][kBlocks]) {
-    F32x16 p[kRows][kBlocks];
+                                             const Before& before, F32x16 (&acc)[kRows][kBlocks]) {
+    I32x16 p[kRows][kBlocks];
     TM_UNROLL for (int m = 0; m < kRows; ++m) {
-      TM_UNROLL for (int n = 0; n < kBlocks; ++n) p[m][n] = zero_f32();
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) p[m][n] = zero_i32();
     }
     for (int g = 0; g < kChunkColumns / kGroupColumns; ++g) {
       codes.begin_group(g);
       if constexpr (kScaleColumns == 32) {
-        add_scaled<kRows, kBlocks, 0, 8>(codes, scales, g, g, x, p);
+        add_scaled<kRows, kBlocks, kFitI16, 0, 8>(codes, scales, g, g, x, p);
       } else {
-        add_scaled<kRows, kBlocks, 0, 4>(codes, scales, g, 2 * g, x, p);
-        add_scaled<kRows, kBlocks, 4, 8>(codes, scales, g, 2 * g + 1, x, p);
+        add_scaled<kRows, kBlocks, kFitI16, 0, 4>(codes, scales, g, 2 * g, x, p);
+        add_scaled<kRows, kBlocks, kFitI16, 4, 8>(codes, scales, g, 2 * g + 1, x, p);
       }
     }
     TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
+      const F32x16 d = load(scales[n].d);
+      F32x16 sums[kRows];
+      TM_UNROLL for (int m = 0; m < kRows; ++m) sums[m] = mul(to_f32(p[m][n]), d);
       if constexpr (kHasMinimum) {
         const F32x16 negative_dmin = load(scales[n].negative_dmin);
-        TM_UNROLL for (int m = 0; m < kRows; ++m) {
-          I32x16 sum = zero_i32();
-          TM_UNROLL for (int i = 0; i < kChunkColumns / kScaleColumns / 2; ++i) {
-            sum = dot2(sum, load(scales[n].minimum_pairs[i]), x.pair(m, i));
-          }
-          p[m][n] = fma(to_f32(sum), negative_dmin, p[m][n]);
+        I32x16 minimum_sums[kRows];
+        TM_UNROLL for (int m = 0; m < kRows; ++m) minimum_sums[m] = zero_i32();
+        TM_UNROLL for (int i = 0; i < kChunkColumns / kScaleColumns / 2; ++i) {
+          const I32x16 minimums = load(scales[n].minimum_pairs[i]);
+          TM_UNROLL for (int m = 0; m < kRows; ++m) minimum_sums[m] = dot2_from(minimum_sums[m], minimums, x.pair(m, i));
         }
+        TM_UNROLL for (int m = 0; m < kRows; ++m) sums[m] = fma(to_f32(minimum_sums[m]), negative_dmin, sums[m]);
       }
-      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(p[m][n], x.scale(m, 0), acc[m][n]);
+      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][n] = fma(sums[m], x.scale(m, 0), before(m, n));
     }
   }
 
-  template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes>
+  template <int kRows, int kBlocks, bool kFitI16, int kBegin, int kEnd, class Codes>
   static TM_INLINE void add_scaled(const Codes& codes, const ChunkScales* scales, int group, int scale_index,
-                                   const ChunkActivations& x, F32x16 (&p)[kRows][kBlocks]) {
+                                   const ChunkActivations& x, I32x16 (&p)[kRows][kBlocks]) {
     I32x16 dot[kRows][kBlocks];
     dot_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, scale_index, x, dot);
     TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
-      const F32x16 scale = load(scales[n].scale[scale_index]);
-      TM_UNROLL for (int m = 0; m < kRows; ++m) p[m][n] = fma(to_f32(dot[m][n]), scale, p[m][n]);
+      const I32x16 scale = load(scales[n].whole_scale[scale_index]);
+      TM_UNROLL for (int m = 0; m < kRows; ++m) p[m][n] = multiply_add<kFitI16>(p[m][n], dot[m][n], scale);
     }
   }
 };
@@ -177,7 +207,8 @@ struct QuantizedFormat {
   static constexpr int kChunkBytes = PackedCodes<kFormat>::kChunkBytes;
   // IQ4_NL's codes become bytes by its table.
   static constexpr int kDotBits = dot_bits(kFormat == WeightFormat::kIq4Nl ? 8 : kLayout.code_bits);
-  using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.code_offset, kDotBits>;
+  using Kind = IntegerKind<kLayout.super_block(), kLayout.scale_columns, kLayout.code_offset,
+                           kLayout.super_block() ? kLayout.code_bits : 0, kDotBits>;
   using Tile = typename Kind::Tile;
 
   static TM_INLINE int chunk_bytes(int columns) {
@@ -197,6 +228,7 @@ struct QuantizedFormat {
     if constexpr (kLayout.super_block()) {
       out.scales = x + at.scales + column / kChunkColumns * 4;
       out.negative_sums = x + at.negative_sums + groups * 8;
+      out.peaks = x + at.peaks + column / kChunkColumns * 4 + (kLayout.scale_columns == 32 ? 2 : 0);
       out.pairs = kLayout.scale_columns == 32 ? x + at.pairs32 + groups * 2 : x + at.pairs16 + groups * 4;
     } else {
       out.scales = x + at.scales + groups * 4;
@@ -212,7 +244,8 @@ struct QuantizedFormat {
     const PackedCodes<kFormat> codes(chunk, groups, prefetch);
     ChunkScales scales;
     codes.expand_scales(groups, scales);
-    Kind::template multiply<kRows, 1>(codes, &scales, groups, x, acc);
+    const auto before = [&](int m, int n) TM_UNROLLED { return acc[m][n]; };
+    Kind::template multiply<kRows, 1>(codes, &scales, groups, x, before, acc);
   }
 
   static TM_INLINE void unpack(const uint8_t* chunk, int columns, Tile& tile, int block) {
@@ -246,7 +279,12 @@ void QuantizedFormat<kFormat>::decode_row(const PackedWeight& weight, int32_t ro
       for (int i = 0; i < kGroupColumns; ++i) {
         const int index = (32 * g + i) / kLayout.scale_columns;
         const float q = static_cast<float>(quads[i / 4][4 * lane + i % 4] - kLayout.code_offset);
-        float value = scales.scale[index][lane] * q;
+        float value;
+        if constexpr (kLayout.super_block()) {
+          value = scales.d[lane] * static_cast<float>(static_cast<int16_t>(scales.whole_scale[index][lane])) * q;
+        } else {
+          value = scales.scale[index][lane] * q;
+        }
         if constexpr (kLayout.has_minimum && kLayout.super_block()) {
           const int32_t minimum = (scales.minimum_pairs[index / 2][lane] >> (16 * (index % 2))) & 0xffff;
           value = value + scales.negative_dmin[lane] * static_cast<float>(minimum);

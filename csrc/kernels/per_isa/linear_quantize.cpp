@@ -96,6 +96,7 @@ void quantize_groups_of_256(const float* x, int32_t k, const ActivationLayout& l
   int32_t* negative_sums = reinterpret_cast<int32_t*>(out + layout.negative_sums);
   int16_t* pairs16 = reinterpret_cast<int16_t*>(out + layout.pairs16);
   int16_t* pairs32 = reinterpret_cast<int16_t*>(out + layout.pairs32);
+  int16_t* peaks = reinterpret_cast<int16_t*>(out + layout.peaks);
   const Row row(x, k);
   for (int32_t first = 0; first < row.blocks; first += kGroups * kGroupBlocks, scales += kGroups) {
     const int32_t blocks = row.blocks - first < kGroups * kGroupBlocks ? row.blocks - first : kGroups * kGroupBlocks;
@@ -108,21 +109,27 @@ void quantize_groups_of_256(const float* x, int32_t k, const ActivationLayout& l
     }
     const Scales group(largest);
     store(scales, load(group.scale));
-    for (int32_t g = 0; g * kGroupBlocks < blocks; ++g, negative_sums += 16, pairs16 += 16, pairs32 += 8) {
-      U8x64 codes[kGroupBlocks];
+    for (int32_t g = 0; g * kGroupBlocks < blocks; ++g, negative_sums += 16, pairs16 += 16, pairs32 += 8, peaks += 2) {
+      U8x64 codes[kGroupBlocks], magnitudes[kGroupBlocks];
       for (int32_t i = 0; i < kGroupBlocks; ++i) {
         const int32_t block = g * kGroupBlocks + i;
         codes[i] = block < blocks ? quantize_block(row.block(first + block), group.inverse[g], group.inverse[g],
                                                    out + (first + block) * kBlock)
                                   : set1_u8(0);
+        magnitudes[i] = abs_i8(codes[i]);
       }
-      const I32x16 sums = sums_of_16(codes);
+      const I32x16 sums = sums_of_16(codes), sizes = sums_of_16(magnitudes);
       store(negative_sums, sub(zero_i32(), sums));
       int32_t of_16[16], of_32[16];
       store(of_16, sums);
-      store(of_32, add_pairs(sums, sums));
+      const I32x16 sums32 = add_pairs(sums, sums);
+      store(of_32, sums32);
       for (int i = 0; i < 16; ++i) pairs16[i] = static_cast<int16_t>(of_16[i]);
       for (int i = 0; i < 8; ++i) pairs32[i] = static_cast<int16_t>(of_32[i]);
+      // Magnitudes of one sign: half of all magnitudes and of the sum's.
+      const I32x16 of_one_sign = add(add_pairs(sizes, sizes), max(sums32, sub(zero_i32(), sums32)));
+      peaks[0] = static_cast<int16_t>(reduce_max(sizes));
+      peaks[1] = static_cast<int16_t>(reduce_max(of_one_sign) / 2);
     }
   }
 }

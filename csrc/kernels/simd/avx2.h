@@ -148,6 +148,7 @@ TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) { return {n
 TM_INLINE __m256i quad_sums(__m256i codes) {
   return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), codes), _mm256_set1_epi16(1));
 }
+TM_INLINE U8x64 abs_i8(U8x64 a) { return {_mm256_abs_epi8(a.lo), _mm256_abs_epi8(a.hi)}; }
 // Sums of 16 codes each of two times 64.
 TM_INLINE __m256i sums_of_16_half(U8x64 a, U8x64 b) {
   const __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32(quad_sums(a.lo), quad_sums(a.hi)),
@@ -217,6 +218,14 @@ TM_INLINE __m256i dot2_half(__m256i acc, __m256i w, __m256i a) {
 TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   const __m256i a = _mm256_set1_epi32(pair);
   return {dot2_half(acc.lo, w.lo, a), dot2_half(acc.hi, w.hi, a)};
+}
+
+TM_INLINE I32x16 as_multiplier(I32x16 b) { return bit_and(b, set1_i32(0xffff)); }
+#define TM_HAS_MULTIPLY_ADD_I16
+TM_INLINE I32x16 multiply_add_i16(I32x16 acc, I32x16 a, I32x16 b) { return {dot2_half(acc.lo, a.lo, b.lo), dot2_half(acc.hi, a.hi, b.hi)}; }
+TM_INLINE I32x16 multiply_add_i32(I32x16 acc, I32x16 a, I32x16 b) {
+  const auto extend = [](__m256i x) { return _mm256_srai_epi32(_mm256_slli_epi32(x, 16), 16); };
+  return add(acc, mul(a, {extend(b.lo), extend(b.hi)}));
 }
 
 template <int kBy> TM_INLINE F32x16 lanes_down(F32x16 a) {

@@ -113,6 +113,7 @@ TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
   const __m512i lanes = _mm512_packs_epi16(_mm512_packs_epi32(a.v, b.v), _mm512_packs_epi32(c.v, d.v));
   return {_mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), lanes)};
 }
+TM_INLINE U8x64 abs_i8(U8x64 a) { return {_mm512_abs_epi8(a.v)}; }
 // Lane i: the sum of int8 codes 16 i .. 16 i + 15 of 256.
 TM_INLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
   const auto quads = [](U8x64 x) {
@@ -179,6 +180,27 @@ TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
 #else
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(w.v, a))};
 #endif
+}
+
+#if defined(TM_HAS_VNNI)
+#define TM_HAS_DOT2_FROM
+TM_INLINE I32x16 dot2_from(I32x16 acc, I32x16 w, const uint8_t* pair) {
+  __asm__("vpdpwssd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*reinterpret_cast<const uint8_t(*)[4]>(pair)));
+  return acc;
+}
+#endif
+TM_INLINE I32x16 as_multiplier(I32x16 b) { return {_mm512_and_si512(b.v, _mm512_set1_epi32(0xffff))}; }
+#define TM_HAS_MULTIPLY_ADD_I16
+TM_INLINE I32x16 multiply_add_i16(I32x16 acc, I32x16 a, I32x16 b) {
+#if defined(TM_HAS_VNNI)
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+#else
+  return {plus_i32(acc.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
+TM_INLINE I32x16 multiply_add_i32(I32x16 acc, I32x16 a, I32x16 b) {
+  return {_mm512_add_epi32(acc.v, _mm512_mullo_epi32(a.v, _mm512_srai_epi32(_mm512_slli_epi32(b.v, 16), 16)))};
 }
 
 // Lane i holds what lane i + kBy held, for i + kBy < 16; kBy is 8, 4, 2 or 1.

@@ -180,6 +180,10 @@ TM_INLINE uint8x16_t narrow_quarter(I32x16 x) {
 TM_INLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
   return {narrow_quarter(a), narrow_quarter(b), narrow_quarter(c), narrow_quarter(d)};
 }
+TM_INLINE U8x64 abs_i8(U8x64 a) {
+  const auto quarter = [](uint8x16_t x) { return vreinterpretq_u8_s8(vabsq_s8(vreinterpretq_s8_u8(x))); };
+  return {quarter(a.q0), quarter(a.q1), quarter(a.q2), quarter(a.q3)};
+}
 TM_INLINE int32x4_t quad_sums(uint8x16_t codes) { return vpaddlq_s16(vpaddlq_s8(vreinterpretq_s8_u8(codes))); }
 TM_INLINE int32x4_t sums_of_16_quarter(U8x64 x) {
   return vpaddq_s32(vpaddq_s32(quad_sums(x.q0), quad_sums(x.q1)), vpaddq_s32(quad_sums(x.q2), quad_sums(x.q3)));
@@ -217,6 +221,11 @@ TM_INLINE int32x4_t dot2_quarter(int32x4_t acc, int32x4_t w, int16x4_t a) {
 TM_INLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   const int16x4_t a = vreinterpret_s16_s32(vdup_n_s32(pair));
   return {dot2_quarter(acc.q0, w.q0, a), dot2_quarter(acc.q1, w.q1, a), dot2_quarter(acc.q2, w.q2, a), dot2_quarter(acc.q3, w.q3, a)};
+}
+
+TM_INLINE I32x16 as_multiplier(I32x16 b) { return b; }
+TM_INLINE I32x16 multiply_add_i32(I32x16 acc, I32x16 a, I32x16 b) {
+  return {vmlaq_s32(acc.q0, a.q0, b.q0), vmlaq_s32(acc.q1, a.q1, b.q1), vmlaq_s32(acc.q2, a.q2, b.q2), vmlaq_s32(acc.q3, a.q3, b.q3)};
 }
 
 template <int kBy> TM_INLINE F32x16 lanes_down(F32x16 a) {

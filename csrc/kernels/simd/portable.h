@@ -123,6 +123,10 @@ TM_OUTLINE U8x64 narrow_to_i8(I32x16 a, I32x16 b, I32x16 c, I32x16 d) {
   }
   return r;
 }
+TM_OUTLINE U8x64 abs_i8(U8x64 a) {
+  for (uint8_t& byte : a.v) byte = byte < 128 ? byte : static_cast<uint8_t>(256 - byte);
+  return a;
+}
 TM_OUTLINE I32x16 sums_of_16(const U8x64 (&codes)[4]) {
   I32x16 r = zero_i32();
   for (int i = 0; i < 256; ++i) r.v[i / 16] += static_cast<int8_t>(codes[i / 64].v[i % 64]);
@@ -145,6 +149,9 @@ TM_OUTLINE I32x16 dot2(I32x16 acc, I32x16 w, int32_t pair) {
   for (int i = 0; i < 16; ++i) acc.v[i] += static_cast<int16_t>(w.v[i]) * a0 + (w.v[i] >> 16) * a1;
   return acc;
 }
+
+TM_OUTLINE I32x16 as_multiplier(I32x16 b) { return b; }
+TM_OUTLINE I32x16 multiply_add_i32(I32x16 acc, I32x16 a, I32x16 b) { TM_EACH(I32x16, acc.v[i] + a.v[i] * b.v[i]); }
 
 template <int kBy> TM_OUTLINE F32x16 lanes_down(F32x16 a) { TM_EACH(F32x16, i + kBy < 16 ? a.v[i + kBy] : 0.0f); }
 TM_OUTLINE float first_lane(F32x16 a) { return a.v[0]; }
