@@ -14,7 +14,7 @@ with_module=OFF
 [[ "$sanitizers" == *address* ]] && with_module=ON
 
 cmake -S . -B "$folder" -DTOKENMILL_PYTHON="$with_module" -DPython_EXECUTABLE="$python" \
-  -DTOKENMILL_NATIVE_TESTS=ON -DTOKENMILL_SANITIZE="$sanitizers"
+  -DTOKENMILL_NATIVE_TESTS=ON -DTOKENMILL_NATIVE_BENCHMARKS=ON -DTOKENMILL_SANITIZE="$sanitizers"
 cmake --build "$folder" --parallel "$(nproc)"
 
 export UBSAN_OPTIONS=print_stacktrace=1

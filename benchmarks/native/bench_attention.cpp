@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -61,7 +62,7 @@ std::vector<int32_t> plan_of(const Load& load, bool random_pages) {
 // Layers of attention that share their operands.
 class Layers {
  public:
-  Layers(const Shape& shape, const Load& load, int32_t layers, int threads) : executor_(load.limits(), 1, threads) {
+  Layers(const Shape& shape, const Load& load, int32_t layers, int threads) : executor_(load.limits(), 1, std::make_shared<ThreadPool>(threads)) {
     const int32_t group = executor_.add_kv_group(
         {layers, shape.kv_heads, shape.head_dim, 0, KvElement::kF16, load.sequences * load.pages()});
     const Executor::ValueId q = floats(shape.heads * shape.head_dim), k = floats(shape.kv_heads * shape.head_dim);

@@ -34,7 +34,9 @@ int32_t read(const uint8_t* data, size_t bytes) {
 #if defined(TM_SUMS_PAIRS)
 constexpr int kStepQuads = QuadSum<4>::kMost, kChainStep = 1;  // products must differ, or they are computed once for all chains
 #else
-constexpr int kStepQuads = 1, kChainStep = 0;  // one instruction a quad: nothing to share between chains
+// One instruction a quad: nothing to share between chains. Long iterations, or the loop's speed depends on where its jump
+// lies (processors that cannot cache some jumps decode such a loop anew each time).
+constexpr int kStepQuads = 8, kChainStep = 0;
 #endif
 
 template <int kCount>
