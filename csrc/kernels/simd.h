@@ -118,6 +118,7 @@ namespace tokenmill::TM_ISA {
 template <int kCodeBits>
 struct QuadSum {
   static constexpr int kMost = 8;
+  static constexpr bool kOfPairs = false;
   I32x16 sum;
 
   TM_INLINE void begin(I32x16 start) { sum = start; }
@@ -138,6 +139,7 @@ struct QuadSum {
 template <int kQuads>
 struct PairSum {
   static constexpr int kMost = kQuads;
+  static constexpr bool kOfPairs = true;
   I32x16 start;
   I16x32 pairs;
   bool empty;  // known when the loop over quads is unrolled
@@ -149,6 +151,8 @@ struct PairSum {
   }
   TM_INLINE void add_from(const uint8_t* quad, U8x64 w) { add(load_i32(quad), w); }
   TM_INLINE I32x16 total() const { return add_sums_of_pairs(start, pairs); }
+  // start + the sum times `multiplier`, twice in each lane: scaling costs nothing here.
+  TM_INLINE I32x16 total_times(I32x16 multiplier) const { return multiply_add_pairs(start, pairs, multiplier); }
 };
 template <> struct QuadSum<4> : PairSum<8> {};
 template <> struct QuadSum<5> : PairSum<4> {};

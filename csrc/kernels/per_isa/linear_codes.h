@@ -8,8 +8,8 @@ namespace tokenmill::TM_ISA {
 // The scales of one chunk of one row block, expanded; lanes are the 16 rows.
 struct alignas(64) ChunkScales {
   float scale[8][16], minimum[8][16];  // groups of 32
-  // Super-blocks: the whole number of each scale group as a multiplier (simd.h), and its unit; minimums of scale groups
-  // 2i and 2i + 1 as two int16.
+  // Super-blocks: the whole number of each scale group, as as_multiplier() gives it or, where sums of pairs are scaled,
+  // twice as int16; and its unit; minimums of scale groups 2i and 2i + 1 as two int16.
   int32_t whole_scale[16][16];
   int32_t minimum_pairs[8][16];
   float d[16], negative_dmin[16];
@@ -18,11 +18,16 @@ struct alignas(64) ChunkScales {
 // IQ4_NL's code book + 128, in code order.
 alignas(16) inline constexpr uint8_t kIq4NlPlus128[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
 
+// Whether a super-block's sums of pairs are scaled as they are: all of the dot product must be in them.
+template <int kDotBits>
+constexpr bool scales_pairs(int code_offset) { return code_offset == 0 && QuadSum<kDotBits>::kOfPairs; }
+
 template <WeightFormat kFormat>
 struct PackedCodes {
   static constexpr ChunkLayout kLayout = chunk_layout(kFormat);
   static constexpr int kBits = kLayout.code_bits;
 
+  static constexpr bool kScalesPairs = scales_pairs<dot_bits(kBits)>(kLayout.code_offset);
   static constexpr int kChunkBytes = chunk_planes(kLayout, kChunkColumns / kGroupColumns).bytes;
 
   const uint8_t* chunk;
@@ -125,7 +130,7 @@ struct PackedCodes {
         scale = load_u8_as_i32(codes + 16 * g);
         if constexpr (kFormat == WeightFormat::kQ3K) scale = sub(scale, set1_i32(32));
       }
-      store(out.whole_scale[g], as_multiplier(scale));
+      store(out.whole_scale[g], kScalesPairs ? add(scale, shift_left<16>(scale)) : as_multiplier(scale));
     }
     if constexpr (kLayout.has_minimum) {
       for (int i = 0; i < kScales / 2; ++i) store(out.minimum_pairs[i], load_u8_as_i16_pairs(codes + 16 * kScales + 32 * i));

@@ -86,11 +86,13 @@ struct IntegerKind {
   }
 
  private:
+  static constexpr bool kScalesPairs = scales_pairs<kDotBits>(kOffset);
   static constexpr int kMostCode = kHasMinimum ? (1 << kCodeBits) - 1 : kOffset;
 
   // Whether the dot products of a scale group lie in -32,767..32,767, whatever the codes: the multiplication by their
   // scales then takes one instruction, and not three. With real activations they nearly always do.
   static TM_INLINE bool dots_fit_i16([[maybe_unused]] int rows, [[maybe_unused]] const ChunkActivations& x) {
+    if constexpr (kScalesPairs) return true;
     if constexpr (kMostCode * 127 * kScaleColumns <= 32767) return true;
     if constexpr (!kHasMultiplyAddI16) return false;
     bool fit = true;
@@ -107,6 +109,14 @@ struct IntegerKind {
       if constexpr (!kHasMinimum) start = shift_left<log2_of(kOffset)>(set1_i32(x.negative_sum(m, sum_index)));
       TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = start;
     }
+    const auto total = [](const Sum& sum, int) TM_UNROLLED { return sum.total(); };
+    add_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, x, total, dot);
+  }
+
+  // dot[m][n] = total(dot[m][n] + that dot product, n), for as many quads at a time as a sum holds.
+  template <int kRows, int kBlocks, int kBegin, int kEnd, class Codes, class Total>
+  static TM_INLINE void add_quads(const Codes& codes, int group, const ChunkActivations& x, const Total& total,
+                                  I32x16 (&dot)[kRows][kBlocks]) {
     constexpr int kQuads = kEnd - kBegin < Sum::kMost ? kEnd - kBegin : Sum::kMost;
     unroll<(kEnd - kBegin) / kQuads>([&](auto part) TM_UNROLLED {
       Sum sums[kRows][kBlocks];
@@ -120,7 +130,7 @@ struct IntegerKind {
         TM_UNROLL for (int m = 0; m < kRows; ++m) add_quad<kBlocks>(x.quad(m, group, j), w, sums[m]);
       });
       TM_UNROLL for (int m = 0; m < kRows; ++m) {
-        TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = sums[m][n].total();
+        TM_UNROLL for (int n = 0; n < kBlocks; ++n) dot[m][n] = total(sums[m][n], n);
       }
     });
   }
@@ -190,11 +200,16 @@ struct IntegerKind {
   template <int kRows, int kBlocks, bool kFitI16, int kBegin, int kEnd, class Codes>
   static TM_INLINE void add_scaled(const Codes& codes, const ChunkScales* scales, int group, int scale_index,
                                    const ChunkActivations& x, I32x16 (&p)[kRows][kBlocks]) {
-    I32x16 dot[kRows][kBlocks];
-    dot_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, scale_index, x, dot);
-    TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
-      const I32x16 scale = load(scales[n].whole_scale[scale_index]);
-      TM_UNROLL for (int m = 0; m < kRows; ++m) p[m][n] = multiply_add<kFitI16>(p[m][n], dot[m][n], scale);
+    if constexpr (kScalesPairs) {
+      const auto total = [&](const Sum& sum, int n) TM_UNROLLED { return sum.total_times(load(scales[n].whole_scale[scale_index])); };
+      add_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, x, total, p);
+    } else {
+      I32x16 dot[kRows][kBlocks];
+      dot_quads<kRows, kBlocks, kBegin, kEnd>(codes, group, scale_index, x, dot);
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
+        const I32x16 scale = load(scales[n].whole_scale[scale_index]);
+        TM_UNROLL for (int m = 0; m < kRows; ++m) p[m][n] = multiply_add<kFitI16>(p[m][n], dot[m][n], scale);
+      }
     }
   }
 };

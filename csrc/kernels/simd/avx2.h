@@ -194,6 +194,9 @@ TM_INLINE I32x16 add_sums_of_pairs(I32x16 acc, I16x32 pairs) {
   const __m256i ones = _mm256_set1_epi16(1);
   return {plus_i32(acc.lo, _mm256_madd_epi16(pairs.lo, ones)), plus_i32(acc.hi, _mm256_madd_epi16(pairs.hi, ones))};
 }
+TM_INLINE I32x16 multiply_add_pairs(I32x16 acc, I16x32 pairs, I32x16 multiplier) {
+  return {plus_i32(acc.lo, _mm256_madd_epi16(pairs.lo, multiplier.lo)), plus_i32(acc.hi, _mm256_madd_epi16(pairs.hi, multiplier.hi))};
+}
 TM_INLINE __m256i dot4_of_bytes(__m256i acc, __m256i w, __m256i a) {  // 255 * 127 * 2 overflows int16: even and odd bytes apart
   const __m256i w_even = _mm256_and_si256(w, _mm256_set1_epi16(0xff)), w_odd = _mm256_srli_epi16(w, 8);
   const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);

@@ -159,6 +159,9 @@ TM_INLINE I16x32 add(I16x32 a, I16x32 b) {
 TM_INLINE I32x16 add_sums_of_pairs(I32x16 acc, I16x32 pairs) {
   return {plus_i32(acc.v, _mm512_madd_epi16(pairs.v, _mm512_set1_epi16(1)))};
 }
+TM_INLINE I32x16 multiply_add_pairs(I32x16 acc, I16x32 pairs, I32x16 multiplier) {
+  return {plus_i32(acc.v, _mm512_madd_epi16(pairs.v, multiplier.v))};
+}
 template <int kCodeBits>
 TM_INLINE I32x16 dot4(I32x16 acc, U8x64 w, int32_t quad) {
   if constexpr (kCodeBits <= 6) {
