@@ -60,15 +60,22 @@ struct BoundExecutor {
 
   void add_linear_group(const std::vector<Part>& parts) {
     std::vector<Executor::Part> lowered;
-    for (const Part& part : parts) {
-      lowered.push_back({part.x, part.matrix.weight, part.matrix.data.shape(0), part.out,
-                         part.bias ? as_span(*part.bias) : std::span<const float>{}, part.residual});
-    }
+    for (const Part& part : parts) lowered.push_back(kept(part));
     executor.add_linear_group(lowered);
-    for (const Part& part : parts) {
-      matrices.push_back(part.matrix.data);
-      if (part.bias) vectors.push_back(*part.bias);
-    }
+  }
+
+  void add_screened_head(const Part& part, const Matrix& screen, const Floats& bounds) {
+    executor.add_screened_head(kept(part), screen.weight, screen.data.shape(0), as_span(bounds));
+    matrices.push_back(screen.data);
+    vectors.push_back(bounds);
+  }
+
+  // The operand, its arrays kept alive.
+  Executor::Part kept(const Part& part) {
+    matrices.push_back(part.matrix.data);
+    if (part.bias) vectors.push_back(*part.bias);
+    return {part.x, part.matrix.weight, part.matrix.data.shape(0), part.out,
+            part.bias ? as_span(*part.bias) : std::span<const float>{}, part.residual};
   }
 };
 
@@ -137,6 +144,8 @@ void bind_executor(nb::module_& m) {
         self.vectors.push_back(weight);
       }, "x"_a, "weight"_a, "out"_a.none(), "quantized"_a, "eps"_a, "group_width"_a, "weight_offset"_a)
       .def("add_linear_group", &BoundExecutor::add_linear_group, "parts"_a)
+      .def("add_screened_head", &BoundExecutor::add_screened_head, "part"_a, "screen"_a, "bounds"_a,
+           "A linear of which plans may want only each row's largest result; screen and bounds as make_screen gives them.")
       .def("add_rope", [](BoundExecutor& self, Id x, Id out, int32_t heads, int32_t head_dim, int32_t rotary_dim, int style,
                           std::vector<double> frequencies, double magnitude) {
         self.executor.add_rope(x, out, {heads, head_dim, rotary_dim, static_cast<RopeStyle>(style)}, std::move(frequencies), magnitude);
@@ -178,6 +187,11 @@ void bind_executor(nb::module_& m) {
       .def("copy_page", [](BoundExecutor& self, int32_t group, int32_t from, int32_t to) {
         self.executor.cache().copy_page(group, from, to);
       }, "group"_a, "from_page"_a, "to_page"_a)
+      .def_prop_ro("screen_counts", [](const BoundExecutor& self) {
+        const ScreenCounts counts = self.executor.screen_counts();
+        return nb::make_tuple(counts.rows, counts.blocks, counts.plain_steps);
+      }, "Rows that the head's screen has served, row blocks of the head that they read beside it, and steps that it left alone.",
+           nb::sig("def screen_counts(self) -> tuple[int, int, int]"))
       .def_prop_ro("op_count", [](const BoundExecutor& self) { return self.executor.op_count(); })
       .def_prop_ro("threads", [](const BoundExecutor& self) { return self.executor.threads(); })
       .def_prop_ro("scratch_bytes", [](const BoundExecutor& self) { return self.executor.scratch_bytes(); })

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/head_screen.h"
 #include "kernels/linear.h"
 #include "platform/thread_pool.h"
 
@@ -23,6 +24,7 @@ namespace {
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MutableVector = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
@@ -66,6 +68,19 @@ void pack_matrix(int format, const Bytes& source, int32_t n, int32_t k, const Mu
   pool.run([&](int index, int count) {
     const auto [begin, end] = ThreadPool::share((n + kBlockRows - 1) / kBlockRows, index, count);
     pack_rows(weight_format, from, n, k, to, static_cast<int32_t>(begin), static_cast<int32_t>(end));
+  });
+}
+
+void make_screen_of(int format, const Bytes& packed, int32_t n, int32_t k, const MutableBytes& screen, const MutableVector& bounds, int threads) {
+  const PackedWeight head = packed_weight(format, packed, n, k);
+  if (!can_screen(head.format)) refuse("a matrix of format " + std::to_string(format) + " cannot be screened");
+  require("screen", screen.size(), "bytes", packed_bytes(kScreenFormat, n, k));
+  require("bounds", bounds.size(), "elements", static_cast<size_t>(n));
+  const nb::gil_scoped_release release;
+  ThreadPool pool(threads);
+  pool.run([&](int index, int count) {
+    const auto [begin, end] = ThreadPool::share((n + kBlockRows - 1) / kBlockRows, index, count);
+    make_screen(head, screen.data(), bounds.data(), static_cast<int32_t>(begin), static_cast<int32_t>(end));
   });
 }
 
@@ -159,6 +174,18 @@ void bind_linear(nb::module_& m) {
   m.def("pack_matrix", &pack_matrix, "format"_a, "source"_a, "n"_a, "k"_a, "out"_a, "threads"_a = 0,
         "Repacks rows in GGUF block layout (uint8, n * bytes of a row) into `out` (uint8, packed_bytes). Exact.\n"
         "threads = 0: all usable. The GIL is released.");
+  m.attr("SCREEN_FORMAT") = static_cast<int>(kScreenFormat);
+  m.def("can_screen", [](int format) { return can_screen(static_cast<WeightFormat>(format)); }, "format"_a,
+        "Whether a head of this format can be screened.");
+  m.def("make_screen", &make_screen_of, "format"_a, "packed"_a, "n"_a, "k"_a, "screen"_a, "bounds"_a, "threads"_a = 0,
+        "Fills `screen` (uint8, packed_bytes of SCREEN_FORMAT) and `bounds` (fp32 [n]) for a packed head; see\n"
+        "csrc/kernels/head_screen.h. The GIL is released.");
+  m.def("screen_norm", [](const Matrix& x) {
+        const int32_t k = static_cast<int32_t>(x.shape(1));
+        const AlignedBytes row = aligned_bytes(activation_row_bytes(ActivationFormat::kInt8Group32, k));
+        ThreadPool(1).run([&](int, int) { linear_kernels().quantize_row(x.data(), k, ActivationFormat::kInt8Group32, row.get()); });
+        return screen_norm(row.get(), k);
+      }, "x"_a, "What bounds are multiplied by for the activation x (fp32 [1, k]).");
   m.def("decode_packed_rows", &decode_packed_rows, "format"_a, "packed"_a, "n"_a, "k"_a, "rows"_a,
         "Rows (int32) of a packed matrix as fp32 [len(rows), k], equal to the file format's reference decoding.");
   m.def("quantize_rows", &quantize_rows, "x"_a, "format"_a,

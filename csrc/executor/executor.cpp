@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/head_screen.h"
 #include "platform/float_environment.h"
 
 namespace tokenmill {
@@ -89,22 +90,40 @@ void Executor::add_rms_norm(ValueId x, std::span<const float> weight, const Outp
 
 void Executor::add_linear_group(std::span<const Part> parts) {
   require(!parts.empty(), "a group of linears must not be empty");
-  std::vector<LinearPart> lowered;
+  std::vector<LinearPart> group;
   for (const Part& part : parts) {
-    check_weight(part.weight, part.weight_bytes);
-    const Value& x = typed(part.x, activation_format(part.weight.format));
-    const Value& out = floats(part.out);
-    require(x.width == part.weight.k && out.width == part.weight.n, "a linear's weight must be [out width, x width]");
-    require(x.sampled == out.sampled && out.sampled == value(parts.front().out).sampled, "a linear's rows must agree");
-    require(part.bias.empty() || part.bias.size() == static_cast<size_t>(out.width), "a bias must have the output's width");
-    LinearPart op{x, part.weight, out, part.bias.empty() ? nullptr : part.bias.data(), std::nullopt};
-    if (part.residual) {
-      op.residual = floats(*part.residual);
-      require(same_shape(*op.residual, out), "a residual must have the output's shape");
-    }
-    lowered.push_back(op);
+    group.push_back(lowered(part));
+    require(group.back().out.sampled == group.front().out.sampled, "a linear's rows must agree");
   }
-  add(std::make_unique<LinearGroupOp>(std::move(lowered)));
+  add(std::make_unique<LinearGroupOp>(std::move(group)));
+}
+
+LinearPart Executor::lowered(const Part& part) const {
+  check_weight(part.weight, part.weight_bytes);
+  const Value& x = typed(part.x, activation_format(part.weight.format));
+  const Value& out = floats(part.out);
+  require(x.width == part.weight.k && out.width == part.weight.n, "a linear's weight must be [out width, x width]");
+  require(x.sampled == out.sampled, "a linear's rows must agree");
+  require(part.bias.empty() || part.bias.size() == static_cast<size_t>(out.width), "a bias must have the output's width");
+  LinearPart op{x, part.weight, out, part.bias.empty() ? nullptr : part.bias.data(), std::nullopt};
+  if (part.residual) {
+    op.residual = floats(*part.residual);
+    require(same_shape(*op.residual, out), "a residual must have the output's shape");
+  }
+  return op;
+}
+
+void Executor::add_screened_head(const Part& part, const PackedWeight& screen, size_t screen_bytes, std::span<const float> bounds) {
+  const LinearPart head = lowered(part);
+  require(can_screen(part.weight.format), "a head of this format cannot be screened");
+  require(head_ == nullptr, "a program has one head");
+  require(head.bias == nullptr && !head.residual && head.out.sampled, "a screened head is a plain linear of the sampled rows");
+  check_weight(screen, screen_bytes);
+  require(screen.format == kScreenFormat && screen.n == part.weight.n && screen.k == part.weight.k, "a screen has its head's shape");
+  require(bounds.size() == static_cast<size_t>(screen.n), "a screen has a bound for each row");
+  auto op = std::make_unique<ScreenedHeadOp>(head, screen, bounds.data());
+  head_ = op.get();
+  add(std::move(op));
 }
 
 void Executor::add_rope(ValueId x, ValueId out, const RopeArguments& arguments, std::vector<double> frequencies, double magnitude) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "executor/attention_op.h"
+#include "executor/head_op.h"
 #include "executor/kv_cache.h"
 #include "executor/linear_op.h"
 #include "executor/op.h"
@@ -52,6 +53,9 @@ class Executor {
   void add_rms_norm(ValueId x, std::span<const float> weight, const Outputs& outputs, float eps, int32_t group_width,
                     float weight_offset);
   void add_linear_group(std::span<const Part> parts);
+  // Like a group of this one part; where the plan allows, only rows that may be the largest are computed. `screen`, `bounds`: of
+  // make_screen.
+  void add_screened_head(const Part& part, const PackedWeight& screen, size_t screen_bytes, std::span<const float> bounds);
   void add_rope(ValueId x, ValueId out, const RopeArguments& arguments, std::vector<double> frequencies, double magnitude);
   void add_attention(ValueId q, ValueId k, ValueId v, const Outputs& outputs, int32_t layer, int32_t group, int32_t heads,
                      double scale, double softcap);
@@ -80,6 +84,8 @@ class Executor {
   // in a row on which sampled row `sampled_row` depends, or -1. Writes the same keys and values as the step itself.
   int32_t diagnose(std::span<const int32_t> plan, int32_t sampled_row);
 
+  // Of the screened head; zeros if there is none.
+  ScreenCounts screen_counts() const { return head_ == nullptr ? ScreenCounts{} : head_->counts(); }
   int32_t op_count() const { return static_cast<int32_t>(ops_.size()); }
   int threads() const { return pool_->size(); }
   const StepLimits& limits() const { return limits_; }
@@ -92,6 +98,7 @@ class Executor {
  private:
   const Value& typed(ValueId id, ActivationFormat format) const;
   const Value& floats(ValueId id) const { return typed(id, ActivationFormat::kF32); }
+  LinearPart lowered(const Part& part) const;
   RowOutputs row_outputs(const Value& like, const Outputs& outputs) const;
   void add(std::unique_ptr<Op> op);
   StepContext context(const StepPlan& plan);
@@ -108,6 +115,7 @@ class Executor {
   std::vector<std::unique_ptr<RopeTable>> rope_tables_;
   std::vector<std::unique_ptr<AttentionSchedule>> schedules_;
   bool prepared_ = false;
+  const ScreenedHeadOp* head_ = nullptr;  // one of ops_
   std::vector<PageBounds> page_bounds_;
   std::vector<std::vector<ThreadPool::Stretch>> reads_;  // of each op that reads weights, by thread
   std::vector<const ThreadPool::Stretch*> ahead_;        // by op: what is read next after it

@@ -17,7 +17,9 @@ constexpr size_t kMostReadAhead = size_t{256} << 10;
 
 int32_t row_blocks(const LinearPart& part) { return (part.weight.n + kBlockRows - 1) / kBlockRows; }
 
-LinearArguments arguments_of(const StepContext& context, const LinearPart& part) {
+}  // namespace
+
+LinearArguments linear_arguments(const StepContext& context, const LinearPart& part) {
   LinearArguments a{};
   a.weight = part.weight;
   a.x = context.row(part.x, 0);
@@ -32,8 +34,6 @@ LinearArguments arguments_of(const StepContext& context, const LinearPart& part)
   a.y_stride = static_cast<int64_t>(part.out.row_bytes / sizeof(float));
   return a;
 }
-
-}  // namespace
 
 std::vector<Value> LinearGroupOp::results() const {
   std::vector<Value> values;
@@ -73,7 +73,7 @@ void LinearGroupOp::run(const StepContext& context) const {
   const LinearKernels& kernels = linear_kernels();
   if (row_blocks() <= kSerialBlocks || context.pool.size() == 1) {
     for (const LinearPart& part : parts_) {
-      kernels.linear(arguments_of(context, part), 0, tokenmill::row_blocks(part), context.scratch(0));
+      kernels.linear(linear_arguments(context, part), 0, tokenmill::row_blocks(part), context.scratch(0));
     }
     return;
   }
@@ -89,7 +89,7 @@ void LinearGroupOp::run(const StepContext& context) const {
         first += chunks;
         continue;
       }
-      const LinearArguments arguments = arguments_of(context, part);
+      const LinearArguments arguments = linear_arguments(context, part);
       for (; mine < first + chunks; mine = take()) {
         const int32_t begin = (mine - first) * chunk;
         kernels.linear(arguments, begin, std::min(begin + chunk, tokenmill::row_blocks(part)), context.scratch(index));

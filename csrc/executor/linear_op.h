@@ -17,6 +17,9 @@ struct LinearPart {
   std::optional<Value> residual;
 };
 
+// All rows of a part.
+LinearArguments linear_arguments(const StepContext& context, const LinearPart& part);
+
 class LinearGroupOp final : public Op {
  public:
   explicit LinearGroupOp(std::vector<LinearPart> parts) : parts_(std::move(parts)) {}

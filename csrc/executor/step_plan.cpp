@@ -34,6 +34,8 @@ StepPlan::StepPlan(std::span<const int32_t> words, const StepLimits& limits, int
   sequences_ = words[2];
   sampled_ = words[3];
   table_stride_ = words[5];
+  check_count("best only", words[6], 0, 1);
+  best_only_ = words[6] == 1;
   check_count("tokens", tokens_, 1, limits.tokens);
   check_count("sequences", sequences_, 1, limits.sequences);
   check_count("sampled", sampled_, 0, limits.sampled);

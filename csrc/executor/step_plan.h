@@ -32,6 +32,8 @@ class StepPlan {
   int32_t tokens() const { return tokens_; }
   int32_t sequences() const { return sequences_; }
   int32_t sampled() const { return sampled_; }
+  // Whether of each row of logits only the largest and its place are wanted.
+  bool best_only() const { return best_only_; }
   const int32_t* token_ids() const { return token_ids_; }
   const int32_t* positions() const { return positions_; }
   const int32_t* slots() const { return slots_; }
@@ -47,6 +49,7 @@ class StepPlan {
   void check_pages(std::span<const PageBounds> groups) const;
 
   int32_t tokens_, sequences_, sampled_, table_stride_;
+  bool best_only_;
   const int32_t *token_ids_, *positions_, *slots_, *row_starts_, *sampled_rows_, *page_tables_;
 };
 

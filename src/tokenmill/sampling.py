@@ -177,6 +177,21 @@ def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> tu
     return tuple(ids for ids in found if ids)
 
 
+def takes_best(params: SamplingParams) -> bool:
+    """Whether each token is the one of the largest logit, of the row as the model gives it, and nothing else is told."""
+    return (
+        params.temperature == 0.0
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == params.frequency_penalty == 0.0
+        and params.min_tokens == 0
+        and params.allowed_token_ids is None
+        and params.structured_outputs is None
+        and params.logprobs is None
+        and not params.logit_bias
+        and not params.bad_words
+    )
+
+
 def sampler_settings(
     params: SamplingParams,
     *,

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from tokenmill import _native
 from tokenmill.backends.backend import Float32, ModelWeights, StepLimits, UInt8
+from tokenmill.backends.head_screen import HeadScreen, screenable_head
 from tokenmill.program.buffers import plan_buffers
 from tokenmill.program.fuse import fuse
 from tokenmill.program.ops import (
@@ -56,6 +57,18 @@ class StepTimes:
     """Of the ops' time, what a thread spent without work in forks, on average."""
 
 
+@dataclass(frozen=True, slots=True)
+class ScreenCounts:
+    """What a head's screen has done."""
+
+    rows: int
+    """Rows that it served."""
+    blocks: int
+    """Blocks of 16 rows of the head that they needed all the same."""
+    plain_steps: int
+    """Steps that took the whole head because the last screen left too much of it."""
+
+
 class NativeBackend:
     """Runs a program on the CPU's kernels. One instance serves one caller at a time."""
 
@@ -68,12 +81,14 @@ class NativeBackend:
         threads: int | _native.ThreadPool = 0,
         *,
         taps: Collection[str] = (),
+        screened_head: bool = False,
     ) -> None:
         """Fuses and lowers ``program`` and allocates its buffers and KV pages.
 
         ``kv_pages`` gives the pages of each KV group; ``threads`` 0 means all that the process may use. Besides the
-        program's results and ``hidden``, only values named in ``taps`` can be read from a step. Raises KeyError for a
-        tap or weight that does not exist, ValueError for limits that do not fit and MemoryError.
+        program's results and ``hidden``, only values named in ``taps`` can be read from a step. ``screened_head`` makes
+        plans that say ``best_only`` read less of a head that can be screened. Raises KeyError for a tap or weight that
+        does not exist, ValueError for limits that do not fit and MemoryError.
         """
         if len(kv_pages) != len(program.kv_groups):
             raise ValueError(f"kv_pages has {len(kv_pages)} entries, the program {len(program.kv_groups)} KV groups")
@@ -98,6 +113,8 @@ class NativeBackend:
         """That ran last; ``_plan_values`` are the outputs as far as its rows go."""
         self._plan_values: dict[str, Float32] = {}
         self._executor: _native.Executor | None = None
+        self._head = screenable_head(self.program, formats) if screened_head else None
+        self._screen: HeadScreen | None = None
         self.pool = _native.ThreadPool(threads) if isinstance(threads, int) else threads
         """May serve others between two steps."""
         executor = _native.Executor(
@@ -205,6 +222,16 @@ class NativeBackend:
         for own, given in zip(self.read_page(group, page), planes, strict=True):
             own[:] = given
 
+    # ---- the screened head -------------------------------------------------------------------------------------------
+
+    def screen_bytes(self) -> int:
+        """Bytes of the head's screen; 0 without one."""
+        return 0 if self._screen is None else self._screen.nbytes
+
+    def screen_counts(self) -> ScreenCounts:
+        """What the head's screen has done so far."""
+        return ScreenCounts(*self._open().screen_counts)
+
     # ---- lowering ----------------------------------------------------------------------------------------------------
 
     def _open(self) -> _native.Executor:
@@ -273,6 +300,11 @@ class NativeBackend:
                     op.group_width,
                     op.weight_offset,
                 )
+            case Linear() if op is self._head:
+                head = self._weights.matrix(op.weight)
+                screen = self._screen = HeadScreen.of(head, self.pool.size)
+                matrix = _native.Matrix(screen.matrix.format, head.n, head.k, screen.matrix.data)
+                executor.add_screened_head(self._part(LinearPart(op.x, op.weight, op.out)), matrix, screen.bounds)
             case Linear():
                 executor.add_linear_group([self._part(LinearPart(op.x, op.weight, op.out, op.bias))])
             case LinearGroup():

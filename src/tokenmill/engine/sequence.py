@@ -13,7 +13,7 @@ from tokenmill.engine.pooling import PooledRows
 from tokenmill.engine.prefix_cache import PrefixNode
 from tokenmill.engine.swap import SwappedPages
 from tokenmill.program.step import Int32
-from tokenmill.sampling import sampler_settings
+from tokenmill.sampling import sampler_settings, takes_best
 
 
 class Sequence:
@@ -42,6 +42,7 @@ class Sequence:
         "scored",
         "started",
         "swapped",
+        "takes_best",
     )
 
     def __init__(self, request: AddRequest, index: int, rank: Rank, end_ids: frozenset[int]) -> None:
@@ -61,6 +62,8 @@ class Sequence:
         self.history = TokenHistory(settings, request.prompt, self.prompt_length)
         """Prompt and output, for the sampler too."""
         self._settings = settings
+        self.takes_best = request.beam is None and request.pooling is None and not self._scores and takes_best(request.params)
+        """True if nothing of its rows of logits is ever looked at but the largest and its place."""
         self.length = self.prompt_length
         """Tokens, prompt and output."""
         self.last_token = int(request.prompt[-1])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tokenmill.engine.kv_cache import SequencePages
 from tokenmill.engine.step_budget import Chunk
-from tokenmill.program.step import HEADER_WORDS, SequenceStep, StepPlan, lay_plan
+from tokenmill.program.step import BEST_ONLY_WORD, HEADER_WORDS, SequenceStep, StepPlan, lay_plan
 
 _SPARE_PAGES = 8
 """Room in a plan's page tables for pages to come, so that the next plan has the same sections: 256 tokens."""
@@ -38,6 +38,7 @@ class PlanWriter:
             plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self._groups)
             self._words = plan.buffer.data
             self._changes = [own.changes for own in pages if own is not None]
+        self._words[BEST_ONLY_WORD] = all(chunk.sequence.takes_best for chunk in chunks)
         self._last, self._pages = plan if decodes else None, pages
         return plan
 

@@ -5,7 +5,7 @@ One flat int32 buffer, so that a step is one native call and later one broadcast
 =================  ==================================  ==================================================
 section            length                              meaning
 =================  ==================================  ==================================================
-header             8                                   version, tokens, sequences, sampled, groups, table stride, 0, 0
+header             8                                   version, tokens, sequences, sampled, groups, table stride, best only, 0
 token_ids          tokens                              vocabulary ids
 positions          tokens                              positions for RoPE
 slots              tokens                              place in the sequence's cache (equals position unless evicted)
@@ -29,6 +29,8 @@ from tokenmill.program.kv import PAGE_TOKENS
 
 STEP_VERSION = 1
 HEADER_WORDS = 8
+BEST_ONLY_WORD = 6
+"""1 if of each row of logits only the largest and its place are wanted: all else may then be anything smaller."""
 Int32 = npt.NDArray[np.int32]
 
 
@@ -118,8 +120,8 @@ class StepLimits:
     """Slots of one sequence."""
 
 
-def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
-    """Packs the sequences' parts, in the given order, into one plan.
+def lay_plan(sequences: Sequence[SequenceStep], groups: int, *, best_only: bool = False) -> StepPlan:
+    """Packs the sequences' parts, in the given order, into one plan; ``best_only`` is :data:`BEST_ONLY_WORD`.
 
     Raises ValueError if a sequence has no tokens or a page table is too short for its tokens.
     """
@@ -154,6 +156,6 @@ def lay_plan(sequences: Sequence[SequenceStep], groups: int) -> StepPlan:
         row_starts.append(row)
         sampled_rows += [row + place for place in sequence.sampled]
     row_starts.append(len(token_ids))
-    header = [STEP_VERSION, len(token_ids), len(sequences), len(sampled_rows), groups, stride, 0, 0]
+    header = [STEP_VERSION, len(token_ids), len(sequences), len(sampled_rows), groups, stride, int(best_only), 0]
     rows = np.array(header + token_ids + positions + slots + row_starts + sampled_rows, dtype=np.int32)
     return StepPlan(np.concatenate((rows, page_tables.reshape(-1))))
