@@ -13,7 +13,7 @@ namespace {
 constexpr int32_t kMostRows = 4;
 // A screen that leaves more than this share of the head is taken up again after so many steps.
 constexpr int64_t kWorthwhileShare = 4;
-constexpr int32_t kRest = 32;
+constexpr int32_t kRest = 8;
 constexpr int64_t kTaken = 4;  // blocks of maxima at a time
 
 LinearPart with_weight(LinearPart part, const PackedWeight& weight) {
