@@ -174,11 +174,10 @@ void bind_linear(nb::module_& m) {
   m.def("pack_matrix", &pack_matrix, "format"_a, "source"_a, "n"_a, "k"_a, "out"_a, "threads"_a = 0,
         "Repacks rows in GGUF block layout (uint8, n * bytes of a row) into `out` (uint8, packed_bytes). Exact.\n"
         "threads = 0: all usable. The GIL is released.");
-  m.attr("SCREEN_FORMAT") = static_cast<int>(kScreenFormat);
   m.def("can_screen", [](int format) { return can_screen(static_cast<WeightFormat>(format)); }, "format"_a,
         "Whether a head of this format can be screened.");
   m.def("make_screen", &make_screen_of, "format"_a, "packed"_a, "n"_a, "k"_a, "screen"_a, "bounds"_a, "threads"_a = 0,
-        "Fills `screen` (uint8, packed_bytes of SCREEN_FORMAT) and `bounds` (fp32 [n]) for a packed head; see\n"
+        "Fills `screen` (uint8, packed as Q5_0) and `bounds` (fp32 [n]) for a packed head; see\n"
         "csrc/kernels/head_screen.h. The GIL is released.");
   m.def("screen_norm", [](const Matrix& x) {
         const int32_t k = static_cast<int32_t>(x.shape(1));

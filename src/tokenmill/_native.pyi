@@ -83,6 +83,11 @@ class Executor:
 
     def add_linear_group(self, parts: Sequence[LinearPart]) -> None: ...
 
+    def add_screened_head(self, part: LinearPart, screen: Matrix, bounds: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> None:
+        """
+        A linear of which plans may want only each row's largest result; screen and bounds as make_screen gives them.
+        """
+
     def add_rope(self, x: int, out: int, heads: int, head_dim: int, rotary_dim: int, style: int, frequencies: Sequence[float], magnitude: float) -> None: ...
 
     def add_attention(self, q: int, k: int, v: int, out: int | None, quantized: Sequence[int], layer: int, group: int, heads: int, scale: float, softcap: float | None) -> None: ...
@@ -119,6 +124,12 @@ class Executor:
     def copy_page(self, group: int, from_page: int, to_page: int) -> None: ...
 
     @property
+    def screen_counts(self) -> tuple[int, int, int]:
+        """
+        Rows that the head's screen has served, row blocks of the head that they read beside it, and steps that it left alone.
+        """
+
+    @property
     def op_count(self) -> int: ...
 
     @property
@@ -140,6 +151,18 @@ def pack_matrix(format: int, source: Annotated[NDArray[numpy.uint8], dict(shape=
     Repacks rows in GGUF block layout (uint8, n * bytes of a row) into `out` (uint8, packed_bytes). Exact.
     threads = 0: all usable. The GIL is released.
     """
+
+def can_screen(format: int) -> bool:
+    """Whether a head of this format can be screened."""
+
+def make_screen(format: int, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], n: int, k: int, screen: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], bounds: Annotated[NDArray[numpy.float32], dict(shape=(None,), order='C', device='cpu')], threads: int = 0) -> None:
+    """
+    Fills `screen` (uint8, packed as Q5_0) and `bounds` (fp32 [n]) for a packed head; see
+    csrc/kernels/head_screen.h. The GIL is released.
+    """
+
+def screen_norm(x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order='C', device='cpu', writable=False)]) -> float:
+    """What bounds are multiplied by for the activation x (fp32 [1, k])."""
 
 def decode_packed_rows(format: int, packed: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], n: int, k: int, rows: Annotated[NDArray[numpy.int32], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> NDArray[numpy.float32]:
     """

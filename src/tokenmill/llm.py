@@ -81,6 +81,7 @@ class LLM:
         swap_dir: str | Path | None = None,
         step_target: float | None = None,
         scheduling_policy: Literal["fcfs", "priority"] = "fcfs",
+        screened_head: Literal["off", "on", "auto"] = "off",
         max_waiting: int | None = None,
     ) -> None:
         self.config = EngineConfig(
@@ -98,6 +99,7 @@ class LLM:
             swap_dir=swap_dir,
             step_target=step_target,
             scheduling_policy=scheduling_policy,
+            screened_head=screened_head,
             max_waiting=max_waiting,
         )
         loaded = load_model(self.config, resolve(model))

@@ -178,7 +178,7 @@ def bad_word_ids(words: Iterable[str], encode: Callable[[str], list[int]]) -> tu
 
 
 def takes_best(params: SamplingParams) -> bool:
-    """Whether each token is the one of the largest logit, of the row as the model gives it, and nothing else is told."""
+    """Whether each token is that of the largest logit, of the row as the model gives it, and nothing else is told."""
     return (
         params.temperature == 0.0
         and params.repetition_penalty == 1.0

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from tokenmill import _native
 from tokenmill.backends.backend import Backend, Float32, ModelWeights, PackedMatrix, StepLimits
+from tokenmill.backends.head_screen import screen_bytes, screen_pays
 from tokenmill.cache_folder import cache_folder
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
@@ -130,16 +131,17 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
         grammars = Grammars(text.tokenizer, bound.program.vocab_size)
         open_parts.append(grammars.close)
         program = bound.program.with_kv_element(config.kv_element)
-        ledger = _plan(config, checkpoint, bound, program)  # refuses what cannot fit before anything is packed
+        screen = _screen_bytes(config, checkpoint, bound)
+        ledger = _plan(config, checkpoint, bound, program, screen)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound)
         open_parts.append(weights.close)
         clock.lap("load the weights")
-        backend, core, actual = _allocate(config, program, weights, ledger, grammars)
+        backend, core, actual = _allocate(config, program, weights, ledger, grammars, screen)
         if actual.total > ledger.budget.limit:
             # Kernels need more beside the buffers than was planned for: the KV cache makes room.
             backend.close()
-            ledger = _plan(config, checkpoint, bound, program, uncounted=actual.total - ledger.total)
-            backend, core, actual = _allocate(config, program, weights, ledger, grammars)
+            ledger = _plan(config, checkpoint, bound, program, screen, uncounted=actual.total - ledger.total)
+            backend, core, actual = _allocate(config, program, weights, ledger, grammars, screen)
         open_parts.append(backend.close)
         ledger = actual.checked()
     except MemoryError as error:
@@ -194,17 +196,40 @@ def _tokenizer_cache(config: EngineConfig, checkpoint: Checkpoint) -> Path | Non
         return None  # the weights come through the same cache, and warn
 
 
+def _screen_bytes(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel) -> int:
+    """Bytes of the head's screen, 0 if it is to have none. Raises UsageError if it must have one and cannot."""
+    if config.screened_head == "off" or (config.screened_head == "auto" and config.backend == "torch"):
+        return 0
+    types = {name: checkpoint.info(where.tensor).tensor_type for name, where in bound.sources.items()}
+    formats = {name: each.weight_format for name, each in types.items() if each.weight_format is not None}
+    needed = screen_bytes(bound.program, formats)
+    if config.screened_head == "auto":
+        return needed if screen_pays(bound.program, formats) else 0
+    if needed == 0 or config.backend == "torch":
+        raise UsageError(
+            f'screened_head is "on", but only the native backend can screen a head, and only one in Q8_0 whose results '
+            f'are the logits themselves, which {checkpoint.path.name} may lack; take "auto" or "off"'
+        )
+    return needed
+
+
 def _plan(
-    config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, program: Program, uncounted: int = 0
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    bound: BoundModel,
+    program: Program,
+    screen: int,
+    uncounted: int = 0,
 ) -> MemoryLedger:
     """The ledger before anything is allocated: the checkpoint's bytes stand for the packed weights, and buffers are
-    counted as if nothing were fused. ``uncounted`` is what this is known to miss, in bytes."""
+    counted as if nothing were fused. ``screen`` are the bytes of the head's screen, ``uncounted`` is what this is known
+    to miss, in bytes."""
     weights = DecodedWeights(checkpoint, bound).nbytes if config.backend == "torch" else stored_bytes(checkpoint, bound)
     limits = StepLimits(config.max_batch_tokens, config.max_num_seqs, config.logit_rows, bound.config.max_position)
     cache = KvCache(program.kv_groups, [0] * len(program.kv_groups))
     return plan_memory(
         memory_budget(config.memory),
-        weights=weights,
+        weights=weights + screen,
         scratch=planned_scratch(program, limits, config.threads) + uncounted,
         groups=program.kv_groups,
         pages_needed=lambda length: cache.pages_needed(length, config.max_batch_tokens),
@@ -235,7 +260,12 @@ def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundMode
 
 
 def _allocate(
-    config: EngineConfig, program: Program, weights: SizedWeights, ledger: MemoryLedger, grammars: Grammars
+    config: EngineConfig,
+    program: Program,
+    weights: SizedWeights,
+    ledger: MemoryLedger,
+    grammars: Grammars,
+    screen: int,
 ) -> tuple[Backend, EngineCore, MemoryLedger]:
     """Backend and core with the pages of ``ledger``, and the ledger with the bytes that they took."""
     limits = StepLimits(
@@ -245,7 +275,7 @@ def _allocate(
         context=ledger.max_model_len,
     )
     pool = _native.ThreadPool(config.threads)
-    backend = _make_backend(config, program, weights, limits, ledger, pool)
+    backend = _make_backend(config, program, weights, limits, ledger, pool, screened_head=screen > 0)
     swap = None
     if config.swap_space is not None:
         folder = config.swap_dir or Path(config.cache_dir or cache_folder()) / "swap"
@@ -265,7 +295,7 @@ def _allocate(
     scratch = backend.scratch_bytes() + core.scratch_bytes() + _FIXED_BYTES
     actual = replace(
         ledger,
-        weights=weights.nbytes,
+        weights=weights.nbytes + screen,
         kv=backend.kv_bytes(),
         scratch=scratch,
         swap=0 if swap is None else swap.limit,
@@ -280,6 +310,8 @@ def _make_backend(
     limits: StepLimits,
     ledger: MemoryLedger,
     pool: _native.ThreadPool,
+    *,
+    screened_head: bool,
 ) -> Backend:
     if config.backend == "torch":
         from tokenmill.backends.torch import TorchBackend
@@ -287,7 +319,7 @@ def _make_backend(
         return TorchBackend(program, weights, limits, ledger.kv_pages)
     from tokenmill.backends.native import NativeBackend
 
-    return NativeBackend(program, weights, limits, ledger.kv_pages, pool)
+    return NativeBackend(program, weights, limits, ledger.kv_pages, pool, screened_head=screened_head)
 
 
 def _close_all(parts: list[Callable[[], None]]) -> None:

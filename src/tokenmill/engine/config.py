@@ -48,6 +48,10 @@ class EngineConfig:
     price of some throughput. None cuts them by ``max_batch_tokens`` only. Servers use ``SERVING_STEP_TARGET``."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """Who starts first and keeps pages: the earlier arrival, or the smaller ``priority`` (with ageing)."""
+    screened_head: Literal["off", "on", "auto"] = "off"
+    """Greedy steps read 5 of 8 bits of the output head first, and all bits only where the largest logit may be: the
+    same tokens, sooner, at the price of a second, smaller head in memory. "on" refuses a model whose head cannot be
+    screened; "auto" screens where the head is a fair part of what a decoded token reads."""
     max_waiting: int | None = None
     """Most requests that wait for a start; more are refused (EngineOverloadedError). None: no bound."""
 
@@ -80,6 +84,8 @@ class EngineConfig:
             raise UsageError(
                 f"scheduling_policy is {self.scheduling_policy!r}; it must be one of {', '.join(_POLICIES)}"
             )
+        if self.screened_head not in ("off", "on", "auto"):
+            raise UsageError(f'screened_head is {self.screened_head!r}; it must be "off", "on" or "auto"')
         _check("max_waiting", self.max_waiting, 0, 2**31, optional=True)
 
     @property

@@ -62,7 +62,9 @@ class Sequence:
         self.history = TokenHistory(settings, request.prompt, self.prompt_length)
         """Prompt and output, for the sampler too."""
         self._settings = settings
-        self.takes_best = request.beam is None and request.pooling is None and not self._scores and takes_best(request.params)
+        self.takes_best = (
+            request.beam is None and request.pooling is None and not self._scores and takes_best(request.params)
+        )
         """True if nothing of its rows of logits is ever looked at but the largest and its place."""
         self.length = self.prompt_length
         """Tokens, prompt and output."""

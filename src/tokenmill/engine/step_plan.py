@@ -38,7 +38,9 @@ class PlanWriter:
             plan = lay_plan([self._sequence_step(chunk) for chunk in chunks], self._groups)
             self._words = plan.buffer.data
             self._changes = [own.changes for own in pages if own is not None]
-        self._words[BEST_ONLY_WORD] = all(chunk.sequence.takes_best for chunk in chunks)
+        self._words[BEST_ONLY_WORD] = all(
+            chunk.sequence.takes_best for chunk in chunks if chunk.samples or chunk.scored
+        )
         self._last, self._pages = plan if decodes else None, pages
         return plan
 

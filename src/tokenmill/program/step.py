@@ -5,7 +5,7 @@ One flat int32 buffer, so that a step is one native call and later one broadcast
 =================  ==================================  ==================================================
 section            length                              meaning
 =================  ==================================  ==================================================
-header             8                                   version, tokens, sequences, sampled, groups, table stride, best only, 0
+header             8                                   version, tokens, sequences, sampled, groups, stride, best only, 0
 token_ids          tokens                              vocabulary ids
 positions          tokens                              positions for RoPE
 slots              tokens                              place in the sequence's cache (equals position unless evicted)
