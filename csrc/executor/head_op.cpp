@@ -9,8 +9,8 @@
 namespace tokenmill {
 namespace {
 
-// Above so many rows products cost more than reading does, and rows share few of their candidates.
-constexpr int32_t kMostRows = 4;
+// Four rows took longer than with the whole head: products, not reading, then cost most.
+constexpr int32_t kMostRows = 2;
 // A screen that leaves more than this share of the head is taken up again after so many steps.
 constexpr int64_t kWorthwhileShare = 4;
 constexpr int32_t kRest = 8;

@@ -45,13 +45,15 @@ def open_bare(
     threads: int = 0,
     memory: int | str | None = None,
     beside: int = 0,
+    screened_head: bool = False,
 ) -> Iterator[BareModel]:
     """Opens the model at ``path`` with KV pages for ``limits.sequences`` sequences of ``limits.context`` slots.
 
     The torch backend computes in fp32 on the decoded weights; ``emulate_activations`` makes it round activations to
     int8 as the native one does. ``memory`` is the budget as in ``LLM``, ``beside`` what the caller will use of it, in
-    bytes. Raises ModelFileError, UnsupportedModelError, UsageError for a context that is longer than the model's, and
-    MemoryLimitError, before anything is loaded, if it does not fit.
+    bytes, a screen for the native backend's ``screened_head`` included. Raises ModelFileError, UnsupportedModelError,
+    UsageError for a context that is longer than the model's, and MemoryLimitError, before anything is loaded, if it
+    does not fit.
     """
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path))
@@ -87,6 +89,6 @@ def open_bare(
         else:
             from tokenmill.backends.native import NativeBackend
 
-            made = NativeBackend(program, weights, limits, pages, threads)
+            made = NativeBackend(program, weights, limits, pages, threads, screened_head=screened_head)
         stack.callback(made.close)
         yield BareModel(checkpoint, bound, made)

@@ -17,7 +17,7 @@ PROMPTS = ["def fibonacci(n):", "The capital of France", "1, 2, 4, 8, 16,"]
 
 def tokens(path: Path, *, screened: bool, params: SamplingParams | list[SamplingParams] = GREEDY) -> list[list[int]]:
     head = "on" if screened else "off"
-    with LLM(path, max_model_len=256, max_num_seqs=4, screened_head=head) as llm:
+    with LLM(path, max_model_len=256, max_num_seqs=2, screened_head=head) as llm:
         return [output.token_ids for output in llm.generate(PROMPTS, params)]
 
 
@@ -40,7 +40,8 @@ def test_its_bytes_are_in_the_ledger(smollm2_path: Path) -> None:
             return llm.memory.weights
 
     screen = 49152 * (576 // 32 * 22 + 4)
-    assert weights("on") == weights("auto") == weights("off") + screen
+    assert weights("on") == weights("off") + screen
+    assert weights("auto") == weights("off")  # less than a third of what a token reads
 
 
 def test_what_cannot_be_screened_is_refused(smollm2_path: Path) -> None:
