@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,8 @@ from tokenmill.engine.process import EngineProcess, EngineStartError, EngineStat
 from tokenmill.engine.wire import LENGTH, EngineFailed, EngineReport, decode_body, encode_frame
 from tokenmill.errors import MemoryLimitError
 from tokenmill.sampling import SamplingParams
+from tokenmill.weights.cache import CacheEntry
+from tokenmill.weights.checkpoint import open_checkpoint
 
 LENGTH_BYTES = 4
 PROMPT = np.arange(1, 40, dtype=np.int32)
@@ -201,6 +205,64 @@ def test_an_engine_killed_while_it_loads_says_so(tiny: tuple[Path, EngineConfig]
 
     with pytest.raises(EngineStartError, match=r"SIGKILL.*while it loaded"):
         asyncio.run(start())
+
+
+def test_a_start_that_hangs_is_given_up(tiny: tuple[Path, EngineConfig]) -> None:
+    async def start() -> None:
+        engine = EngineProcess(tiny[1], tiny[0], start_patience=0.4)
+        starting = asyncio.create_task(engine.start())
+        await until(lambda: engine.pid is not None)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGSTOP)
+        await starting
+
+    with pytest.raises(EngineStartError, match=r"hung: it got no further for 0\.4 s while it loaded"):
+        asyncio.run(asyncio.wait_for(start(), 240))
+
+
+def test_a_restart_that_hangs_is_tried_again(tiny: tuple[Path, EngineConfig]) -> None:
+    async def run() -> None:
+        deaths: list[str] = []
+
+        def died(cause: str) -> None:
+            deaths.append(cause)
+            # Short for the start that hangs; none for those that a busy machine may make long.
+            engine._start_patience = 0.4 if len(deaths) == 1 else math.inf
+
+        engine = EngineProcess(tiny[1], tiny[0], on_death=died)
+        await engine.start()
+        try:
+            assert engine.pid is not None
+            first = engine.pid
+            os.kill(first, signal.SIGKILL)
+            await until(lambda: engine.pid not in (None, first))
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+            await until(lambda: engine.state is EngineState.RUNNING)
+            assert "SIGKILL" in deaths[0]
+            assert "hung: it got no further for 0.4 s while it loaded" in deaths[1]
+            assert engine.last_death is not None
+            assert engine.last_death.reason == deaths[0]
+            assert isinstance((await until_finished(engine.submit([request(engine)])))[-1], Finished)
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 240))
+
+
+def test_an_engine_that_waits_for_another_ones_packing_does_not_look_hung(
+    tiny: tuple[Path, EngineConfig], tmp_path: Path
+) -> None:
+    async def run() -> None:
+        engine = EngineProcess(replace(tiny[1], cache_dir=tmp_path), tiny[0])
+        with CacheEntry(open_checkpoint(tiny[0]), tmp_path).lock(lambda: None):
+            starting = asyncio.create_task(engine.start())
+            await until(lambda: engine._frames > 10)  # each of them shows the watchdog that it is alive
+            assert not starting.done()
+        await starting
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(run(), 240))
 
 
 def test_the_engine_ends_when_its_parent_is_killed(tiny: tuple[Path, EngineConfig]) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from served_model import SMALL, RunningServer, serving
 
 if TYPE_CHECKING:
     from browser import WebPage
+    from playwright.sync_api import Route
 
     OpenPage = Callable[..., WebPage]
 
@@ -76,21 +79,49 @@ def test_nothing_is_asked_while_nobody_looks(server: RunningServer, open_page: O
     assert server.metric("http_requests_total", handler="/statistics") == looks
 
 
-def test_it_tells_that_the_engine_died_and_came_back(tiny_model: Path, open_page: OpenPage) -> None:
+def test_it_tells_that_there_is_no_engine(tiny_model: Path, tmp_path: Path, open_page: OpenPage) -> None:
+    own_model = tmp_path / "own.gguf"
+    own_model.write_bytes(tiny_model.read_bytes())
+    with serving(own_model, *SMALL) as server:
+        page = open_page(server, "/#/engine")
+        page.page.get_by_text("steps,").wait_for()
+        own_model.write_bytes(b"")  # no restart comes far with it
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        page.page.get_by_role("alert").get_by_text("There is no engine now: the engine").wait_for()
+        own_model.write_bytes(tiny_model.read_bytes())
+        page.page.get_by_text("started again once").wait_for()
+        page.page.get_by_text("There is no engine now").wait_for(state="detached")
+        # Why it died, not what restarts failed with.
+        assert "SIGKILL" in page.page.get_by_text("started again once").inner_text()
+
+
+def test_it_tells_of_a_death_between_two_looks(tiny_model: Path, open_page: OpenPage) -> None:
     with serving(tiny_model, *SMALL) as server:
         page = open_page(server, "/#/engine")
         page.page.get_by_text("steps,").wait_for()
-        page.page.evaluate(
-            """() => {
-                const place = document.getElementById("engine-trouble");
-                window.told = "";
-                new MutationObserver(() => { window.told += place.textContent; }).observe(place, { childList: true });
-            }"""
-        )
+        assert page.page.locator("#engine-restarts").inner_text() == ""
+        looks: list[Route] = []
+
+        def hold_up(look: Route) -> None:
+            looks.append(look)
+
+        page.page.route("**/statistics?*", hold_up)
+        while not looks:
+            page.page.wait_for_timeout(20)
+        died = time.time()
         os.kill(server.engine_pid(), signal.SIGKILL)
-        page.page.get_by_text("started again once").wait_for()
-        page.page.get_by_text("There is no engine now").wait_for(state="detached")
-        assert "SIGKILL" in page.page.evaluate("window.told")
+        server.until(lambda: server.metric("tokenmill:engine_deaths_total") == 1, "it died")
+        server.until(lambda: server.get("/health").status_code == 200, "it is back")
+        death = server.get("/statistics").json()["engine"]["last_death"]
+        assert "SIGKILL" in death["reason"]
+        assert died - 1 < death["time"] < time.time() + 1
+        page.page.unroute("**/statistics?*")
+        looks[0].continue_()
+        told = page.page.get_by_role("status").get_by_text("started again once")
+        told.wait_for()
+        assert "SIGKILL" in told.inner_text()
+        assert str(datetime.fromtimestamp(death["time"]).year) in told.inner_text()
+        assert page.page.locator("#engine-trouble").inner_text() == ""
         page.page.get_by_role("link", name="Chat").click()
         page.set(Longest_answer="3")
         page.say("hello")

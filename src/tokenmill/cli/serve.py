@@ -62,6 +62,9 @@ def serve(
     watchdog_timeout: Annotated[
         float, typer.Option("--watchdog-timeout", help="Seconds without a step after which the engine is restarted.")
     ] = 300.0,
+    start_timeout: Annotated[
+        float, typer.Option("--start-timeout", help="Seconds without progress after which a start is given up.")
+    ] = 600.0,
     shutdown_timeout: Annotated[
         float, typer.Option("--shutdown-timeout", help="Seconds for running requests after SIGTERM.")
     ] = 30.0,
@@ -109,6 +112,7 @@ def serve(
         max_queued_requests=max_queued_requests,
         max_body_bytes=parse_size(max_body_size),
         watchdog_seconds=watchdog_timeout,
+        start_seconds=start_timeout,
         shutdown_seconds=shutdown_timeout,
         cors_origins=tuple(cors_origin or ()),
         ssl_certfile=ssl_certfile,

@@ -114,9 +114,13 @@ def load_model(config: EngineConfig, path: Path) -> LoadedModel:
     )
 
 
-def load_core(config: EngineConfig, path: Path) -> LoadedCore:
-    """Loads the checkpoint at ``path``, for a caller who runs the core. Raises as :func:`load_model` does."""
-    clock = _Clock()
+def load_core(config: EngineConfig, path: Path, progress: Callable[[], None] = lambda: None) -> LoadedCore:
+    """Loads the checkpoint at ``path``, for a caller who runs the core. Raises as :func:`load_model` does.
+
+    ``progress`` is called whenever the load has got a step further: after each of its laps and each part of a weight,
+    and while it waits for another process that packs the same model.
+    """
+    clock = _Clock(progress)
     open_parts: list[Callable[[], None]] = []
     _check_instruction_set()
     try:
@@ -133,7 +137,7 @@ def load_core(config: EngineConfig, path: Path) -> LoadedCore:
         program = bound.program.with_kv_element(config.kv_element)
         screen = _screen_bytes(config, checkpoint, bound)
         ledger = _plan(config, checkpoint, bound, program, screen)  # refuses what cannot fit before anything is packed
-        weights = _load_weights(config, checkpoint, bound)
+        weights = _load_weights(config, checkpoint, bound, progress)
         open_parts.append(weights.close)
         clock.lap("load the weights")
         backend, core, actual = _allocate(config, program, weights, ledger, grammars, screen)
@@ -250,13 +254,15 @@ def planned_scratch(program: Program, limits: StepLimits, threads: int) -> int:
     return arena + _FIXED_BYTES + (threads or _native.usable_cpu_count()) * 24 * program.vocab_size
 
 
-def _load_weights(config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel) -> SizedWeights:
+def _load_weights(
+    config: EngineConfig, checkpoint: Checkpoint, bound: BoundModel, progress: Callable[[], None]
+) -> SizedWeights:
     if config.backend == "torch":
         return DecodedWeights(checkpoint, bound)
     from tokenmill.weights.packing import load_weights
 
     cache_dir = None if config.cache_dir is None else Path(config.cache_dir)
-    return load_weights(checkpoint, bound, cache_dir, threads=config.threads)
+    return load_weights(checkpoint, bound, cache_dir, progress=lambda _: progress(), threads=config.threads)
 
 
 def _allocate(
@@ -335,13 +341,15 @@ def _values(shape: tuple[int, ...]) -> int:
 
 
 class _Clock:
-    """Seconds between laps, by name."""
+    """Seconds between laps, by name; calls ``lapped`` after each."""
 
-    def __init__(self) -> None:
+    def __init__(self, lapped: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = {}
+        self._lapped = lapped
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.seconds[name] = now - self._last
         self._last = now
+        self._lapped()

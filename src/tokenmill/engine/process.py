@@ -19,6 +19,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
@@ -37,6 +38,8 @@ from tokenmill.engine.wire import (
     EngineFailed,
     EngineReady,
     EngineReport,
+    FromEngine,
+    Loading,
     LoadModel,
     Ping,
     ResetPrefixCache,
@@ -70,6 +73,15 @@ class EngineState(Enum):
     DEAD = "dead"
     """The process ended; another one is on its way."""
     CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDeath:
+    """Why and when an engine ended unasked."""
+
+    reason: str
+    time: float
+    """Seconds since 1970."""
 
 
 class EventStream:
@@ -119,9 +131,9 @@ class EventStream:
 class EngineProcess:
     """Starts, drives and restarts the engine's process. All methods belong to one event loop.
 
-    An engine that finishes no step and answers nothing for ``patience`` seconds is killed. Loading the model may take
-    any time. ``on_report`` is called with the engine's state after every step, ``on_death``
-    with the reason when it ends unasked, ``on_restart`` when the next one is ready.
+    An engine that finishes no step and answers nothing for ``patience`` seconds is killed, and so is one that gets no
+    further with loading its model for ``start_patience`` seconds. ``on_report`` is called with the engine's state after
+    every step, ``on_death`` with the reason when it ends unasked, ``on_restart`` when the next one is ready.
     """
 
     def __init__(
@@ -130,6 +142,7 @@ class EngineProcess:
         path: Path,
         *,
         patience: float = math.inf,
+        start_patience: float = math.inf,
         on_report: Callable[[EngineReport], None] = lambda _: None,
         on_death: Callable[[str], None] = lambda _: None,
         on_restart: Callable[[EngineReady], None] = lambda _: None,
@@ -137,6 +150,7 @@ class EngineProcess:
         self._config = config
         self._path = path
         self._patience = patience
+        self._start_patience = start_patience
         self._on_report = on_report
         self._on_death = on_death
         self._on_restart = on_restart
@@ -144,6 +158,8 @@ class EngineProcess:
         self.reason = "the engine is starting"
         """Why there is no engine, while there is none."""
         self.restarts = 0
+        self.last_death: EngineDeath | None = None
+        """Of an engine that ran; failed starts after it do not count."""
         self.report: EngineReport | None = None
         """The engine's state after its last step."""
         self._ids = itertools.count()
@@ -233,7 +249,7 @@ class EngineProcess:
     # ---- the process -----------------------------------------------------------------------------------------------
 
     async def _launch(self) -> EngineReady:
-        """A new process, its model loaded. Raises EngineStartError."""
+        """A new process, its model loaded. Raises EngineStartError if it does not come that far."""
         ours, theirs = socket.socketpair()
         with theirs:
             # The child finds modules where this process does, whatever its working folder holds.
@@ -249,13 +265,21 @@ class EngineProcess:
         config = {field.name: getattr(self._config, field.name) for field in dataclasses.fields(self._config)}
         plain = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in config.items()}
         self._send(LoadModel(os.fspath(self._path), plain))
-        match await self._receive():
-            case [EngineReady() as ready, EngineReport() as report]:
-                self.state, self.reason, self.report = EngineState.RUNNING, "", report
-                return ready
-            case [EngineFailed(error, exit_code)]:
-                raise EngineStartError(error, exit_code)
-        raise EngineStartError(f"{await self._cause_of_death()} while it loaded the model")
+        watchdog = asyncio.create_task(self._watch_start(), name="engine start watchdog")
+        try:
+            messages = await self._receive()
+            while messages == [Loading()]:
+                messages = await self._receive()
+            match messages:
+                case [EngineReady() as ready, EngineReport() as report]:
+                    self.state, self.reason, self.report = EngineState.RUNNING, "", report
+                    return ready
+                case [EngineFailed(error, exit_code)]:
+                    raise EngineStartError(error, exit_code)
+            cause = watchdog.result() if watchdog.done() else await self._cause_of_death()
+            raise EngineStartError(f"{cause} while it loaded the model")
+        finally:
+            watchdog.cancel()
 
     async def _supervise(self) -> None:
         """Delivers events, and brings a new process up whenever the last one dies."""
@@ -266,6 +290,7 @@ class EngineProcess:
                 cause = await self._deliver_until_death() or await self._cause_of_death()
             except Exception as error:  # whatever it is, nobody may wait for an engine that nobody listens to
                 cause = f"what the engine sent could not be handled: {type(error).__name__}: {error}"
+            self.last_death = EngineDeath(cause, time.time())
             self._die(cause)
             if time.monotonic() - born > HEALTHY_SECONDS:
                 delay = FIRST_DELAY
@@ -286,14 +311,13 @@ class EngineProcess:
         try:
             while (messages := await self._receive()) is not None:
                 now = time.monotonic()
-                self._frames += 1
                 for message in messages:
                     if isinstance(message, EngineReport):
                         self.report = message
                         self._on_report(message)
                     elif isinstance(message, EngineFailed):
                         return message.error
-                    elif not isinstance(message, EngineReady):
+                    elif not isinstance(message, EngineReady | Loading):
                         self._deliver(now, message)
             return watchdog.result() if watchdog.done() else None
         finally:
@@ -302,21 +326,32 @@ class EngineProcess:
     async def _watch(self) -> str:
         """Kills the engine if it is silent for too long, and says so.
 
-        A busy engine sends a frame after each step, an idle one is asked for it. Silence is counted in looks: while
-        this process is held up itself, it does not grow.
+        A busy engine sends a frame after each step, an idle one is asked for it.
+        """
+        await self._silence(self._patience, ask=True)
+        return f"the engine hung: no step and no answer for {self._patience:g} s"
+
+    async def _watch_start(self) -> str:
+        """The same for an engine that loads its model and sends a frame whenever it has got a step further."""
+        await self._silence(self._start_patience, ask=False)
+        return f"the engine hung: it got no further for {self._start_patience:g} s"
+
+    async def _silence(self, patience: float, *, ask: bool) -> None:
+        """Waits until the engine has sent nothing for ``patience`` seconds, and kills it. ``ask`` it for an answer.
+
+        Silence is counted in looks: while this process is held up itself, it does not grow.
         """
         silent, seen = 0, self._frames
         while silent < _LOOKS:
-            if silent == 0:
+            if ask and silent == 0:
                 self._send(Ping())
-            await asyncio.sleep(self._patience / _LOOKS)
+            await asyncio.sleep(patience / _LOOKS)
             silent, seen = (silent + 1 if self._frames == seen else 0), self._frames
         assert self._process is not None
         assert self._writer is not None
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
         self._writer.transport.abort()  # its end would come by itself, but not while the kernel holds the process
-        return f"the engine hung: no step and no answer for {self._patience:g} s"
 
     def _deliver(self, now: float, event: Event) -> None:
         stream, left = self._streams.get(event.request_id, (None, 0))
@@ -365,11 +400,13 @@ class EngineProcess:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(encode_frame(messages))
 
-    async def _receive(self) -> list[EngineReady | EngineFailed | EngineReport | Event] | None:
+    async def _receive(self) -> list[FromEngine] | None:
         """The messages of the next frame; None if the connection has ended."""
         assert self._reader is not None
         try:
             (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            return decode_body(await self._reader.readexactly(length))
+            body = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
+        self._frames += 1
+        return decode_body(body)

@@ -47,6 +47,11 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """The model is being loaded, and it got a step further: whoever hangs does not say so."""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReady:
     """The model is loaded and requests may come."""
 
@@ -89,7 +94,9 @@ class EngineReport:
 
 
 ToEngine = LoadModel | AddRequest | AbortRequest | ResetPrefixCache | Ping
-FromEngine = EngineReady | EngineFailed | EngineReport | PromptScored | Embedded | TokenOutput | Finished | Failed
+FromEngine = (
+    Loading | EngineReady | EngineFailed | EngineReport | PromptScored | Embedded | TokenOutput | Finished | Failed
+)
 
 _CLASSES: tuple[type[Any], ...] = (
     LoadModel,
@@ -97,6 +104,7 @@ _CLASSES: tuple[type[Any], ...] = (
     AbortRequest,
     ResetPrefixCache,
     Ping,
+    Loading,
     EngineReady,
     EngineFailed,
     EngineReport,

@@ -28,6 +28,7 @@ from tokenmill.engine.wire import (
     EngineReady,
     EngineReport,
     FromEngine,
+    Loading,
     LoadModel,
     Ping,
     ResetPrefixCache,
@@ -56,7 +57,8 @@ def main() -> None:
     inbox: _Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(messages, inbox), name="receive", daemon=True).start()
     try:
-        loaded = load_core(EngineConfig(**first.config), Path(first.path))  # type: ignore[arg-type]
+        config = EngineConfig(**first.config)  # type: ignore[arg-type]
+        loaded = load_core(config, Path(first.path), lambda: _send(connection, [Loading()]))
     except TokenmillError as error:
         _leave(connection, EngineFailed(str(error), error.exit_code))
     except Exception as error:

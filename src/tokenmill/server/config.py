@@ -39,6 +39,8 @@ class ServerConfig:
     max_body_bytes: int = 16 << 20
     watchdog_seconds: float = 300.0
     """An engine that gets nowhere for so long is taken to hang, killed and started again; 0 waits without end."""
+    start_seconds: float = 600.0
+    """The same for an engine that loads its model."""
     shutdown_seconds: float = 30.0
     """How long running requests may go on after SIGTERM."""
     keep_alive_seconds: float = 15.0
@@ -60,6 +62,7 @@ class ServerConfig:
             ("--max-queued-requests", self.max_queued_requests, 0, 1_000_000),
             ("--max-body-size", self.max_body_bytes, 1024, 1 << 30),
             ("--watchdog-timeout", self.watchdog_seconds, 0, 86400),
+            ("--start-timeout", self.start_seconds, 0, 86400),
             ("--shutdown-timeout", self.shutdown_seconds, 0, 86400),
         ):
             if not low <= value <= high:

@@ -49,6 +49,7 @@ class ServedModel:
             engine_config,
             path,
             patience=config.watchdog_seconds or math.inf,
+            start_patience=config.start_seconds or math.inf,
             on_report=self._report_came,
             on_death=self._engine_died,
             on_restart=self._engine_came,

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from tokenmill.cache_folder import cache_folder
 from tokenmill.weights.checkpoint import Checkpoint
 
 _DIGEST_CHARACTERS = 16
+_LOCK_SECONDS = 0.2
+"""Between two looks at a lock that another process holds."""
 
 
 def source_identity(checkpoint: Checkpoint) -> str:
@@ -71,18 +74,16 @@ class CacheEntry:
 
     @contextmanager
     def lock(self, waiting: Callable[[], None]) -> Iterator[None]:
-        """Creates the folder and holds its lock; calls ``waiting`` first if another process has it.
+        """Creates the folder and holds its lock; calls ``waiting`` again and again while another process has it.
 
         The kernel drops the lock with its holder, so a killed process blocks nobody.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            while not _locked(descriptor):
                 waiting()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                time.sleep(_LOCK_SECONDS)
             yield
         finally:
             os.close(descriptor)
@@ -95,3 +96,11 @@ class CacheEntry:
         for sidecars in current.parent.glob("*"):
             if sidecars != current:
                 shutil.rmtree(sidecars, ignore_errors=True)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -135,11 +135,12 @@ async def slots(served: Served) -> Response:
 
 @router.get("/statistics")
 async def statistics(served: Served, after: Annotated[int, Query(ge=0)] = 0) -> Response:
-    """The engine now and since the start, for live views: times in seconds, ``time`` and steps by one clock.
+    """The engine now and since the start, for live views: times in seconds, ``time`` and steps by one clock, the
+    server's start and the engine's last death since 1970.
 
     Of the latest steps, those that ran since there had been ``after`` of them.
     """
-    report, ledger, steps = served.engine.report, served.ready.ledger, served.steps
+    report, ledger, steps, death = served.engine.report, served.ready.ledger, served.steps, served.engine.last_death
     unknown = steps.steps - after if after <= steps.steps else steps.steps
     return json_response(
         {
@@ -150,6 +151,7 @@ async def statistics(served: Served, after: Annotated[int, Query(ge=0)] = 0) -> 
                 "state": served.engine.state.value,
                 "reason": served.engine.reason,
                 "restarts": served.engine.restarts,
+                "last_death": None if death is None else {"reason": death.reason, "time": death.time},
                 "architecture": served.ready.architecture,
                 "max_model_len": ledger.max_model_len,
                 "max_num_seqs": ledger.max_num_seqs,

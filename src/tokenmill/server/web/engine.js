@@ -65,8 +65,9 @@ export class EngineView {
   }
 
   #draw(body) {
-    const { state, reason, restarts, architecture, max_model_len, max_num_seqs } = body.engine;
+    const { state, reason, architecture, max_model_len, max_num_seqs } = body.engine;
     this.#trouble(state === "running" ? "" : `There is no engine now: ${reason}. It is being started again.`);
+    setText("engine-restarts", restartsOf(body.engine));
     const number = (value) => value.toLocaleString("en");
     const facts = [
       `${body.model} (${architecture})`,
@@ -74,15 +75,27 @@ export class EngineView {
       `up to ${number(max_num_seqs)} sequences at once`,
       `${number(body.steps.count)} steps, ${number(body.tokens.generated)} tokens generated`,
     ];
-    if (restarts) facts.push(restarts === 1 ? "started again once" : `started again ${restarts} times`);
     byId("engine-facts").textContent = facts.join(" \u00b7 ");
     this.#gauges.draw(body, this.#recent);
     for (const chart of this.#charts) chart.draw(body, this.#recent);
   }
 
   #trouble(text) {
-    const place = byId("engine-trouble");
-    if (place.textContent !== text) place.textContent = text;
-    place.hidden = !text;
+    setText("engine-trouble", text);
+    byId("engine-trouble").hidden = !text;
   }
+}
+
+/** What no look may have seen: an engine can die and be back between two of them. */
+function restartsOf({ restarts, last_death }) {
+  if (!restarts) return "";
+  const when = new Date(1000 * last_death.time).toLocaleString("en", { dateStyle: "medium", timeStyle: "medium" });
+  const count = restarts === 1 ? "once" : `${restarts.toLocaleString("en")} times`;
+  return `The engine was started again ${count}. It died last on ${when}: ${last_death.reason}.`;
+}
+
+/** Only what changes is said by screen readers. */
+function setText(id, text) {
+  const place = byId(id);
+  if (place.textContent !== text) place.textContent = text;
 }
