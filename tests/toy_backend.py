@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from tokenmill.backends.backend import Float32, StepLimits, UInt8
+from tokenmill.program.hidden_rows import HIDDEN_ROWS
 from tokenmill.program.kv import PAGE_TOKENS, KvGroupSpec
 from tokenmill.program.step import StepPlan
 
@@ -54,8 +55,8 @@ class ToyBackend:
     def write_page(self, group: int, page: int, planes: Sequence[UInt8]) -> None:
         self.pages[group][page].reshape(-1).view(np.uint8)[:] = planes[0]
 
-    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
-        return f"toy.row of token {plan.token_ids[plan.sampled_rows[sampled_row]]}"
+    def diagnose(self, plan: StepPlan, row: int) -> str | None:
+        return f"toy.row of token {plan.token_ids[row]}"
 
     def run(
         self, plan: StepPlan, first_op: int = 0, last_op: int | None = None, outputs: Iterable[str] = ("logits",)
@@ -68,7 +69,8 @@ class ToyBackend:
         assert plan.sampled <= self.limits.sampled
         self.steps.append(plan)
         tables = plan.page_tables
-        sampled = set(plan.sampled_rows.tolist())
+        self.outputs.append(tuple(outputs))
+        looked_at = set(range(plan.tokens) if HIDDEN_ROWS in self.outputs[-1] else plan.sampled_rows.tolist())
         rows: dict[int, Float32] = {}
         for sequence in range(plan.sequences):
             begin, end = int(plan.row_starts[sequence]), int(plan.row_starts[sequence + 1])
@@ -81,12 +83,14 @@ class ToyBackend:
         for sequence in range(plan.sequences):
             begin, end = int(plan.row_starts[sequence]), int(plan.row_starts[sequence + 1])
             for row in range(begin, end):
-                if row in sampled:
+                if row in looked_at:
                     rows[row] = self._logits(plan, tables, sequence, int(plan.slots[row]), int(plan.token_ids[row]))
-        logits = np.stack([rows[row] for row in sorted(rows)]) if rows else np.zeros((0, self.vocab_size), np.float32)
-        self.outputs.append(tuple(outputs))
-        values = {"logits": logits, "hidden": logits[:, :8]}
-        return {name: values[name] for name in self.outputs[-1]}
+        of_rows = {"logits": plan.sampled_rows.tolist(), HIDDEN_ROWS: sorted(rows)}
+        widths = {"logits": self.vocab_size, HIDDEN_ROWS: 8}
+        return {
+            name: np.array([rows[row][: widths[name]] for row in of_rows[name]], np.float32).reshape(-1, widths[name])
+            for name in self.outputs[-1]
+        }
 
     def _logits(self, plan: StepPlan, tables: np.ndarray, sequence: int, slot: int, token: int) -> Float32:
         if token in self.poisoned:

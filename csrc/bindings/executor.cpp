@@ -178,10 +178,10 @@ void bind_executor(nb::module_& m) {
       }, "plan"_a, "Executes all ops without the GIL; seconds of preparing the step, then of each op; how many forks there\n"
                    "were, the seconds that they took beside their longest shares, and thread-seconds without work in them.",
            nb::sig("def run_timed(self, plan: PlanWords) -> tuple[list[float], int, float, float]"))
-      .def("diagnose", [](BoundExecutor& self, const PlanWords& plan, int32_t sampled_row) {
+      .def("diagnose", [](BoundExecutor& self, const PlanWords& plan, int32_t row) {
         const nb::gil_scoped_release release;
-        return self.executor.diagnose(plan.span(), sampled_row);
-      }, "plan"_a, "sampled_row"_a, "Index of the first op with a non-finite result, or -1.")
+        return self.executor.diagnose(plan.span(), row);
+      }, "plan"_a, "row"_a, "Index of the first op with a non-finite result, or -1.")
       .def("value", [](nb::handle self, Id id, int32_t rows) { return value_view(self, id, rows); }, "id"_a, "rows"_a)
       .def("kv_plane", [](nb::handle self, int32_t group, int32_t plane) { return kv_plane(self, group, plane); }, "group"_a, "plane"_a)
       .def("copy_page", [](BoundExecutor& self, int32_t group, int32_t from, int32_t to) {

@@ -281,16 +281,17 @@ Executor::Times Executor::run_timed(std::span<const int32_t> words) {
   return times;
 }
 
-int32_t Executor::diagnose(std::span<const int32_t> words, int32_t sampled_row) {
+int32_t Executor::diagnose(std::span<const int32_t> words, int32_t row) {
   const std::lock_guard<std::mutex> lock(running_);
   const StepPlan plan = read(words);
-  require(sampled_row >= 0 && sampled_row < plan.sampled(), "the plan has no such sampled row");
+  require(row >= 0 && row < plan.tokens(), "the plan has no such row");
   const FloatEnvironment environment;
-  const int32_t token = plan.sampled_rows()[sampled_row];
   const int32_t* starts = plan.row_starts();
-  Watch watch{.token_begin = *(std::upper_bound(starts, starts + plan.sequences() + 1, token) - 1),
-              .token_end = token + 1,
-              .sampled_row = sampled_row};
+  const int32_t* sampled = plan.sampled_rows();
+  const int32_t* place = std::find(sampled, sampled + plan.sampled(), row);
+  Watch watch{.token_begin = *(std::upper_bound(starts, starts + plan.sequences() + 1, row) - 1),
+              .token_end = row + 1,
+              .sampled_row = place == sampled + plan.sampled() ? -1 : static_cast<int32_t>(place - sampled)};
   StepContext step = context(plan);
   step.watch = &watch;
   start(step);
@@ -298,7 +299,7 @@ int32_t Executor::diagnose(std::span<const int32_t> words, int32_t sampled_row) 
     const Op& op = *ops_[static_cast<size_t>(i)];
     op.run(step);
     for (const Value& out : op.results()) {
-      for (int32_t row = 0; row < step.rows(out); ++row) watch.see(out.sampled, row, step.floats(out, row), out.width);
+      for (int32_t r = 0; r < step.rows(out); ++r) watch.see(out.sampled, r, step.floats(out, r), out.width);
     }
     if (watch.found.load(std::memory_order_relaxed)) return i;
   }

@@ -81,8 +81,8 @@ class Executor {
   };
   Times run_timed(std::span<const int32_t> plan);
   // Runs the whole program again, op by op, and returns the index of the first op that produced a non-finite number
-  // in a row on which sampled row `sampled_row` depends, or -1. Writes the same keys and values as the step itself.
-  int32_t diagnose(std::span<const int32_t> plan, int32_t sampled_row);
+  // on which row `row` of the step depends, or -1. Writes the same keys and values as the step itself.
+  int32_t diagnose(std::span<const int32_t> plan, int32_t row);
 
   // Of the screened head; zeros if there is none.
   ScreenCounts screen_counts() const { return head_ == nullptr ? ScreenCounts{} : head_->counts(); }

@@ -23,10 +23,10 @@ struct Value {
   bool sampled;  // rows are the step's sampled rows, not its tokens
 };
 
-// Looks for the first non-finite number among the rows that one sampled row depends on.
+// Looks for the first non-finite number among the rows that one row depends on.
 struct Watch {
   int32_t token_begin, token_end;
-  int32_t sampled_row;
+  int32_t sampled_row;  // its place among the sampled rows, or -1
   std::atomic<bool> found{false};
 
   void see(bool sampled, int32_t row, const float* x, int32_t width);

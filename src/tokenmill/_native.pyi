@@ -114,7 +114,7 @@ class Executor:
         Executes all ops without the GIL; seconds of preparing the step, then of each op.
         """
 
-    def diagnose(self, plan: PlanWords, sampled_row: int) -> int:
+    def diagnose(self, plan: PlanWords, row: int) -> int:
         """Index of the first op with a non-finite result, or -1."""
 
     def value(self, id: int, rows: int) -> NDArray[numpy.float32]: ...

@@ -14,8 +14,11 @@ from tokenmill import _native
 from tokenmill.backends.backend import StepLimits
 from tokenmill.backends.native import NativeBackend
 from tokenmill.backends.torch import TorchBackend
+from tokenmill.program.check import ProgramError
+from tokenmill.program.hidden_rows import HIDDEN_ROWS, with_hidden_rows
 from tokenmill.program.kv import PAGE_TOKENS, KvElement
 from tokenmill.program.ops import Attention, LinearGroup, Rope, Rows
+from tokenmill.program.recorder import Recorder
 from tokenmill.program.step import SequenceStep, lay_plan
 
 LIMITS = StepLimits(tokens=640, sequences=6, sampled=640, context=1024)
@@ -234,7 +237,7 @@ def test_ranges_continue_one_another(cut):
 
 @pytest.mark.parametrize("name", ["hidden", "layers.0.residual"])
 def test_a_step_runs_no_further_than_its_outputs_and_its_keys_need(name):
-    native = backend(taps=["layers.0.residual"])
+    native = backend(taps=[name])
     end = native.program.end_for([name])
     rest = [value.name for op in native.program.ops[end:] for value in op.outputs()]
     assert "logits" in rest
@@ -263,12 +266,31 @@ def test_a_range_outside_of_the_program_is_refused(first, last):
 
 
 def test_outputs_have_the_steps_rows():
-    native = backend(taps=["layers.1.residual"])
+    native = backend(taps=["hidden", "layers.1.residual"])
     step = SequenceStep(IDS[:9], 0, Pool().table(9), sampled=[2, 8])
     values = native.run(lay_plan([step], 2), outputs=["logits", "hidden", "layers.1.residual"])
     shapes = {name: value.shape for name, value in values.items()}
     assert shapes == {"logits": (2, VOCABULARY), "hidden": (2, WIDTH), "layers.1.residual": (9, WIDTH)}
     assert (values["logits"] == whole(backend(), IDS[:9])[[2, 8]]).all()
+
+
+def test_hidden_rows_are_the_final_norm_of_every_token():
+    native = backend(taps=["hidden"], program=with_hidden_rows(PROGRAM))
+    plan = lay_plan([part(IDS, 0, 50, Pool().table(50))], 2)  # which samples every token
+    values = native.run(plan, outputs=["logits", "hidden", HIDDEN_ROWS])
+    assert (values[HIDDEN_ROWS] == values["hidden"]).all()
+    assert (values["logits"] == whole(backend(), IDS[:50])).all()
+    expected = values[HIDDEN_ROWS].copy()
+    unsampled = lay_plan([SequenceStep(IDS[:50], 0, Pool().table(50))], 2)
+    assert (native.run(unsampled, outputs=[HIDDEN_ROWS])[HIDDEN_ROWS] == expected).all()
+    assert native.program.end_for(["logits"]) == native.program.end_for([HIDDEN_ROWS]) - 1  # logits do without it
+
+
+def test_hidden_rows_need_a_final_norm():
+    r = Recorder(VOCABULARY)
+    r.linear(r.gather_sampled(r.embed("token_embedding", WIDTH), out="sampled"), "output", VOCABULARY, out="logits")
+    with pytest.raises(ProgramError, match="0 norms read sampled rows"):
+        with_hidden_rows(r.program())
 
 
 def test_a_step_without_samples_fills_the_cache():
@@ -280,7 +302,7 @@ def test_a_step_without_samples_fills_the_cache():
 
 def test_values_that_are_not_kept_are_refused_with_the_way_to_get_them():
     native = backend()
-    with pytest.raises(KeyError, match=r"layers\.0\.residual.*keeps hidden, logits.*taps="):
+    with pytest.raises(KeyError, match=r"layers\.0\.residual.*keeps logits.*taps="):
         native.run(lay_plan([part(IDS, 0, 5, Pool().table(5))], 2), outputs=["layers.0.residual"])
     with pytest.raises(KeyError, match=r"cannot tap nonsense"):
         backend(taps=["nonsense"])
@@ -411,7 +433,7 @@ def test_diagnosis_of_a_healthy_row_finds_nothing():
     assert np.isnan(logits[40]).all()
     assert native.diagnose(plan, 5) is None
     assert native.diagnose(plan, 40).startswith("Attention layers.0.attention.o.in")
-    with pytest.raises(ValueError, match="no such sampled row"):
+    with pytest.raises(ValueError, match="no such row"):
         native.diagnose(plan, 41)
 
 

@@ -22,6 +22,7 @@ from tokenmill.engine.messages import AddRequest, Embedded, Event, Pooling, Prom
 from tokenmill.engine.scheduler import MAX_SCORED_ROWS, SchedulerLimits
 from tokenmill.engine.swap import SwapSpace
 from tokenmill.models import bind
+from tokenmill.program.hidden_rows import with_hidden_rows
 from tokenmill.program.program import Program
 from tokenmill.sampling import SamplingParams
 from tokenmill.weights.checkpoint import open_checkpoint
@@ -39,7 +40,7 @@ def opened(path: Path, cache: Path | None) -> Iterator[Loaded]:
     with open_checkpoint(path) as checkpoint:
         bound = bind(checkpoint.metadata, checkpoint.kind, {t.name: t.shape for t in checkpoint.tensors.values()})
         weights = load_weights(checkpoint, bound, cache_dir=cache)
-        yield bound.program, weights
+        yield with_hidden_rows(bound.program), weights
         weights.close()
 
 

@@ -22,6 +22,7 @@ from tokenmill.engine.messages import (
     Pooling,
 )
 from tokenmill.engine.scheduler import SchedulerLimits
+from tokenmill.program.hidden_rows import HIDDEN_ROWS, with_hidden_rows
 from tokenmill.sampling import SamplingParams
 
 CONFIG = transformers.LlamaConfig(
@@ -48,7 +49,7 @@ def vectors(events: list[Event]) -> dict[int, np.ndarray]:
 def test_vectors_equal_those_of_transformers(pooling: Pooling, chunk: int) -> None:
     model = random_transformers_model(CONFIG)
     bound = bind_model(model)
-    backend = torch_backend(bound.program, ArrayWeights(saved_tensors(model), bound.sources))
+    backend = torch_backend(with_hidden_rows(bound.program), ArrayWeights(saved_tensors(model), bound.sources))
     core = EngineCore(
         backend,
         vocab_size=101,
@@ -87,8 +88,8 @@ def test_a_vector_does_not_depend_on_chunks_neighbours_memory_or_cache(pooling: 
     assert preempted > 0
 
 
-@pytest.mark.parametrize(("pooling", "rows", "cached"), [(Pooling.LAST, 1, 96), (Pooling.MEAN, 100, 0)])
-def test_an_embedding_computes_only_the_rows_it_needs(pooling: Pooling, rows: int, cached: int) -> None:
+@pytest.mark.parametrize(("pooling", "cached"), [(Pooling.LAST, 96), (Pooling.MEAN, 0)])
+def test_only_the_last_tokens_embedding_reads_the_prefix_cache(pooling: Pooling, cached: int) -> None:
     core, backend = make_core()
     (first,) = vectors(run(core, [embed(0, [1] * 100, pooling)])).values()
     steps = len(backend.steps)
@@ -98,20 +99,26 @@ def test_an_embedding_computes_only_the_rows_it_needs(pooling: Pooling, rows: in
     assert isinstance(finished, Finished)
     assert finished.timings.cached_tokens == cached
     assert sum(plan.tokens for plan in backend.steps[steps:]) == 100 - cached
-    assert sum(plan.sampled for plan in backend.steps[steps:]) == rows
 
 
 @pytest.mark.parametrize("pooling", Pooling)
 def test_logits_are_computed_only_beside_somebody_who_reads_them(pooling: Pooling) -> None:
     core, backend = make_core(tokens=16)
     run(core, [embed(0, [1] * 40, pooling)])
-    assert {outputs for plan, outputs in zip(backend.steps, backend.outputs, strict=True) if plan.sampled} == {
-        ("hidden",)
-    }
+    assert backend.outputs == [(HIDDEN_ROWS,)] * 3
     backend.outputs.clear()
+    steps = len(backend.steps)
     run(core, [embed(1, [2] * 40, pooling), request(2, [5, 6, 7], GREEDY)])
-    assert ("logits", "hidden") in backend.outputs
+    assert ("logits", HIDDEN_ROWS) in backend.outputs
     assert backend.outputs[-1] == ("logits",)
+    assert {plan.sampled for plan in backend.steps[steps:]} <= {0, 1}  # embeddings want no row of logits
+
+
+@pytest.mark.parametrize("pooling", Pooling)
+def test_a_prompt_is_pooled_in_steps_as_long_as_any_others(pooling: Pooling) -> None:
+    core, backend = make_core(tokens=300)
+    run(core, [embed(0, [1] * 300, pooling)])
+    assert [plan.tokens for plan in backend.steps] == [300]
 
 
 def test_a_prompt_may_fill_the_context() -> None:

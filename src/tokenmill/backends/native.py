@@ -86,9 +86,9 @@ class NativeBackend:
         """Fuses and lowers ``program`` and allocates its buffers and KV pages.
 
         ``kv_pages`` gives the pages of each KV group; ``threads`` 0 means all that the process may use. Besides the
-        program's results and ``hidden``, only values named in ``taps`` can be read from a step. ``screened_head`` makes
-        plans that say ``best_only`` read less of a head that can be screened. Raises KeyError for a tap or weight that
-        does not exist, ValueError for limits that do not fit and MemoryError.
+        program's results only values named in ``taps`` can be read from a step. ``screened_head`` makes plans that say
+        ``best_only`` read less of a head that can be screened. Raises KeyError for a tap or weight that does not exist,
+        ValueError for limits that do not fit and MemoryError.
         """
         if len(kv_pages) != len(program.kv_groups):
             raise ValueError(f"kv_pages has {len(kv_pages)} entries, the program {len(program.kv_groups)} KV groups")
@@ -96,9 +96,7 @@ class NativeBackend:
         for tap in taps:
             if tap not in names:
                 raise KeyError(f"cannot tap {tap}: the program has no such value")
-        keep = (
-            {name for name, readers in program.readers().items() if not readers} | set(taps) | ({"hidden"} & set(names))
-        )
+        keep = {name for name, readers in program.readers().items() if not readers} | set(taps)
         formats = {name: weights.matrix(name).format for name in program.matrices()}
         self.program = fuse(program, formats, keep)
         """The fused program; ``first_op`` and ``last_op`` of :meth:`run` count its ops."""
@@ -162,13 +160,13 @@ class NativeBackend:
         (prepare, *ops), forks, joining, waiting = self._open().run_timed(self._words(plan))
         return StepTimes(prepare, ops, forks, joining, waiting / self.threads)
 
-    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
-        """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
+    def diagnose(self, plan: StepPlan, row: int) -> str | None:
+        """Names the op that first produced a NaN or infinity on which what row ``row`` of the step gives depends.
 
         Runs the step's ops again, which writes the same keys and values; call it right after the step. None if every
-        number is finite.
+        number is finite. Raises ValueError if the step has no such row.
         """
-        index = self._open().diagnose(self._words(plan), sampled_row)
+        index = self._open().diagnose(self._words(plan), row)
         if index < 0:
             return None
         op = self.program.ops[index]

@@ -178,19 +178,18 @@ class TorchBackend:
             del self._live[name]
         return results
 
-    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
-        """Names the op that first produced a NaN or infinity on which row ``sampled_row`` of the logits depends.
+    def diagnose(self, plan: StepPlan, row: int) -> str | None:
+        """Names the op that first produced a NaN or infinity on which what row ``row`` of the step gives depends.
 
         Runs the step's ops again, as :meth:`tokenmill.backends.native.NativeBackend.diagnose` does. None if every
         number is finite.
         """
-        token = int(plan.sampled_rows[sampled_row])
-        first = int(max(start for start in plan.row_starts if start <= token))
+        first = int(max(start for start in plan.row_starts if start <= row))
+        own = {Rows.TOKENS: slice(first, row + 1), Rows.SAMPLED: plan.sampled_rows == row}
         for index, op in enumerate(self.program.ops):
             results = self.run(plan, index, index + 1, [value.name for value in op.outputs()])
-            for name, rows in results.items():
-                sampled = self._known[name].rows is Rows.SAMPLED
-                if not np.isfinite(rows[sampled_row] if sampled else rows[first : token + 1]).all():
+            for name, values in results.items():
+                if not np.isfinite(values[own[self._known[name].rows]]).all():
                     return f"{type(op).__name__} {', '.join(results)}"
         return None
 

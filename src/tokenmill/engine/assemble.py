@@ -23,6 +23,7 @@ from tokenmill.engine.swap import SwapSpace
 from tokenmill.errors import MemoryLimitError, UsageError
 from tokenmill.models import BoundModel, bind
 from tokenmill.program.buffers import plan_buffers
+from tokenmill.program.hidden_rows import with_hidden_rows
 from tokenmill.program.program import Program
 from tokenmill.tokenizer import Tokenizer, load_tokenizer
 from tokenmill.weights.cache import CacheEntry
@@ -134,7 +135,7 @@ def load_core(config: EngineConfig, path: Path, progress: Callable[[], None] = l
         clock.lap("load the tokenizer")
         grammars = Grammars(text.tokenizer, bound.program.vocab_size)
         open_parts.append(grammars.close)
-        program = bound.program.with_kv_element(config.kv_element)
+        program = with_hidden_rows(bound.program).with_kv_element(config.kv_element)
         screen = _screen_bytes(config, checkpoint, bound)
         ledger = _plan(config, checkpoint, bound, program, screen)  # refuses what cannot fit before anything is packed
         weights = _load_weights(config, checkpoint, bound, progress)

@@ -30,13 +30,13 @@ from tokenmill.engine.messages import (
     TokenOutput,
 )
 from tokenmill.engine.policies import FirstComeFirstServed, SchedulingPolicy
-from tokenmill.engine.pooling import HIDDEN
 from tokenmill.engine.readout import NOTHING_ALLOWED, BadRow, Readout, token_logprobs
 from tokenmill.engine.scheduler import Chunk, Scheduler, SchedulerLimits
 from tokenmill.engine.sequence import Sequence
 from tokenmill.engine.statistics import EngineSnapshot, StepRecord, StepStatistics
 from tokenmill.engine.step_plan import PlanWriter
 from tokenmill.engine.swap import SwapSpace
+from tokenmill.program.hidden_rows import HIDDEN_ROWS
 from tokenmill.program.step import StepPlan
 
 
@@ -44,9 +44,9 @@ from tokenmill.program.step import StepPlan
 class Diagnoses(Protocol):
     """A backend that can say where a row stopped being finite."""
 
-    def diagnose(self, plan: StepPlan, sampled_row: int) -> str | None:
-        """Name of the first op that gave NaN or infinity on the way to row ``sampled_row`` of the logits of ``plan``,
-        the step run last. May run it again."""
+    def diagnose(self, plan: StepPlan, row: int) -> str | None:
+        """Name of the first op that gave NaN or infinity on the way to row ``row`` of ``plan``, the step run last. May
+        run it again."""
 
 
 @dataclass(slots=True)
@@ -184,7 +184,7 @@ class EngineCore:
         plan = self._plans.lay(chunks)
         masks = self._start_masks(chunks)
         planned = self._clock()
-        values = self._backend.run(plan, outputs=_outputs(chunks) if work.prompt_tokens else _LOGITS)
+        values = self._backend.run(plan, outputs=_outputs(chunks, plan) if work.prompt_tokens else _LOGITS)
         ran = self._clock()
         self.scheduler.advance(chunks)
         if work.prompt_tokens:
@@ -276,21 +276,23 @@ class EngineCore:
         self, chunks: list[Chunk], plan: StepPlan, values: Mapping[str, Float32], events: list[Event]
     ) -> None:
         """What requests want of their prompts: log-probabilities, or an embedding."""
-        row = 0
+        sampled = end = 0
         for chunk in chunks:
-            first_row, row = row, row + chunk.scored + chunk.samples
-            if not chunk.scored:
-                continue
+            first_sampled, sampled = sampled, sampled + chunk.scored + chunk.samples
+            first, end = end, end + chunk.count
             sequence = chunk.sequence
-            request = self._requests[sequence.request.request_id]
-            rows = range(first_row, first_row + chunk.scored)
             found: PromptScored | Embedded | BadRow | None
-            if sequence.pool is None:
+            if sequence.pool is not None:
+                found = self._readout.pool(sequence, values[HIDDEN_ROWS][first:end])
+            elif chunk.scored:
+                rows = range(first_sampled, first_sampled + chunk.scored)
                 found = self._readout.score(sequence, values["logits"], rows)
+                first += chunk.skip
             else:
-                found = self._readout.pool(sequence, values[HIDDEN][rows.start : rows.stop])
+                continue
+            request = self._requests[sequence.request.request_id]
             if isinstance(found, BadRow):
-                self._fail(request, plan, first_row + found.row, found.status, events)
+                self._fail(request, plan, first + found.row, found.status, events)
                 continue
             if found is not None:
                 events.append(found)
@@ -335,7 +337,7 @@ class EngineCore:
             if request is None:
                 continue  # another output of the request failed in this step
             if found is not None and token < 0:
-                self._fail(request, plan, rows[i], found.status[i], events)
+                self._fail(request, plan, int(plan.sampled_rows[rows[i]]), found.status[i], events)
                 continue
             if sequence.first_token is None:
                 sequence.first_token = now
@@ -513,9 +515,8 @@ _GRAMMAR_WAIT = 0.01
 _Masks = tuple[dict[Grammar, Sequence], Future[dict[Grammar, GrammarError]]]
 
 
-def _outputs(chunks: list[Chunk]) -> tuple[str, ...]:
-    """What a step is to give. Where all rows that are looked at are pooled, nobody needs logits, and none are made."""
-    pools = [chunk.sequence.pool is not None for chunk in chunks if chunk.scored]
-    pooled = (HIDDEN,) if any(pools) else ()
-    reads = any(chunk.samples for chunk in chunks) or not all(pools)
-    return ("logits", *pooled) if reads or not pooled else pooled
+def _outputs(chunks: list[Chunk], plan: StepPlan) -> tuple[str, ...]:
+    """What a step is to give."""
+    if all(chunk.sequence.pool is None for chunk in chunks):
+        return _LOGITS
+    return (*_LOGITS, HIDDEN_ROWS) if plan.sampled else (HIDDEN_ROWS,)

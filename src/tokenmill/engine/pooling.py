@@ -8,9 +8,6 @@ import numpy.typing as npt
 from tokenmill.backends.backend import Float32
 from tokenmill.engine.messages import Pooling
 
-HIDDEN = "hidden"
-"""The value of every program that holds the final norm of the rows whose logits are wanted."""
-
 
 class PooledRows:
     """Takes the rows of one sequence as steps compute them, in any number of parts, and keeps one row.

@@ -1,6 +1,6 @@
 """What a step's results say: the next tokens, log-probabilities of prompts, embeddings.
 
-Rows are those of the step's ``logits`` and ``hidden`` values, one for each row that the plan named as sampled.
+Rows of logits are those that the plan named as sampled; hidden rows are all of the step.
 """
 
 from __future__ import annotations
@@ -67,12 +67,15 @@ class Readout:
         return PromptScored(sequence.request.request_id, first, logprobs)
 
     def pool(self, sequence: Sequence, hidden: Float32) -> Embedded | BadRow | None:
-        """The embedding, with the next rows of the final norm; None while there are more to come."""
+        """The embedding, with the rows ``[count, hidden]`` of the sequence that were computed last; None while there
+        are more to come. Those that were computed again, after a preemption, are left out."""
         assert sequence.pool is not None
-        bad = np.flatnonzero(~np.isfinite(hidden).all(axis=1))
+        skip = max(sequence.pool.wanted(sequence.prompt_length).start - (sequence.computed - len(hidden)), 0)
+        wanted = hidden[skip:]
+        bad = np.flatnonzero(~np.isfinite(wanted).all(axis=1))
         if len(bad):
-            return BadRow(int(bad[0]), NOT_FINITE)
-        sequence.pool.take(hidden)
+            return BadRow(skip + int(bad[0]), NOT_FINITE)
+        sequence.pool.take(wanted)
         return None if sequence.remaining else Embedded(sequence.request.request_id, sequence.pool.vector())
 
 

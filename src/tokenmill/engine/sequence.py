@@ -110,17 +110,14 @@ class Sequence:
 
     @property
     def wanted_rows(self) -> range:
-        """Rows of the prompt that are still to be looked at: for log-probabilities of its tokens, of which row p gives
-        that of token p + 1, or for its embedding."""
-        if self.pool is not None:
-            return self.pool.wanted(self.prompt_length)
+        """Rows of the prompt whose logits are still wanted, for log-probabilities: row p gives that of token p + 1."""
         return range(self.scored - 1, self.prompt_length - 1)
 
     @property
     def reusable(self) -> int:
         """Leading tokens that may come from the prefix cache: those before the first row that is still wanted, of all
         rows for log-probabilities of the prompt or a mean of it, of the last one for all else."""
-        wanted = self.wanted_rows
+        wanted = self.wanted_rows if self.pool is None else self.pool.wanted(self.prompt_length)
         return wanted.start if wanted else self.length - 1
 
     def longest(self, context: int) -> int:

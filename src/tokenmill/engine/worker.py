@@ -20,7 +20,6 @@ from tokenmill.engine.assemble import LoadedCore, load_core
 from tokenmill.engine.config import EngineConfig
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.messages import AbortRequest, AddRequest, Event
-from tokenmill.engine.pooling import HIDDEN
 from tokenmill.engine.wire import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -145,7 +144,7 @@ def _ready(loaded: LoadedCore) -> EngineReady:
     return EngineReady(
         architecture=loaded.bound.architecture,
         vocab_size=loaded.bound.program.vocab_size,
-        hidden_size=loaded.bound.program.values()[HIDDEN].width,
+        hidden_size=loaded.bound.config.hidden_size,
         max_position=loaded.bound.config.max_position,
         ledger=loaded.ledger,
         seconds=dict(loaded.seconds),
