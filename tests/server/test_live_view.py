@@ -93,6 +93,7 @@ def test_it_tells_that_there_is_no_engine(tiny_model: Path, tmp_path: Path, open
         page.page.get_by_text("There is no engine now").wait_for(state="detached")
         # Why it died, not what restarts failed with.
         assert "SIGKILL" in page.page.get_by_text("started again once").inner_text()
+        page.close()  # before the server goes: it would look once more, and complain
 
 
 def test_it_tells_of_a_death_between_two_looks(tiny_model: Path, open_page: OpenPage) -> None:
