@@ -194,30 +194,28 @@ def test_a_model_that_cannot_be_loaded_is_one_error(tiny: tuple[Path, EngineConf
     assert caught.value.exit_code == MemoryLimitError.exit_code
 
 
-def test_an_engine_killed_while_it_loads_says_so(tiny: tuple[Path, EngineConfig]) -> None:
+def signalled_start(tiny: tuple[Path, EngineConfig], number: signal.Signals, start_patience: float = math.inf) -> None:
+    """Starts an engine that gets a signal as soon as its process is there."""
+
     async def start() -> None:
-        engine = EngineProcess(tiny[1], tiny[0])
+        engine = EngineProcess(tiny[1], tiny[0], start_patience=start_patience)
         starting = asyncio.create_task(engine.start())
         await until(lambda: engine.pid is not None)
         assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGKILL)
+        os.kill(engine.pid, number)
         await starting
 
+    asyncio.run(asyncio.wait_for(start(), 240))
+
+
+def test_an_engine_killed_while_it_loads_says_so(tiny: tuple[Path, EngineConfig]) -> None:
     with pytest.raises(EngineStartError, match=r"SIGKILL.*while it loaded"):
-        asyncio.run(start())
+        signalled_start(tiny, signal.SIGKILL)
 
 
 def test_a_start_that_hangs_is_given_up(tiny: tuple[Path, EngineConfig]) -> None:
-    async def start() -> None:
-        engine = EngineProcess(tiny[1], tiny[0], start_patience=0.4)
-        starting = asyncio.create_task(engine.start())
-        await until(lambda: engine.pid is not None)
-        assert engine.pid is not None
-        os.kill(engine.pid, signal.SIGSTOP)
-        await starting
-
     with pytest.raises(EngineStartError, match=r"hung: it got no further for 0\.4 s while it loaded"):
-        asyncio.run(asyncio.wait_for(start(), 240))
+        signalled_start(tiny, signal.SIGSTOP, start_patience=0.4)
 
 
 def test_a_restart_that_hangs_is_tried_again(tiny: tuple[Path, EngineConfig]) -> None:
