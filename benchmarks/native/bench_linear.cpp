@@ -107,8 +107,9 @@ int main(int argc, char** argv) {
     if (std::strcmp(argv[1], kNames[index]) != 0 && std::strcmp(argv[1], "all") != 0) continue;
     const auto format = static_cast<WeightFormat>(index);
     const size_t bytes = packed_bytes(format, n, k);
-    const AlignedBytes weights = aligned_bytes(bytes * std::max<size_t>(1, kRotatedBytes / bytes));
+    const Mapping weights(bytes * std::max<size_t>(1, kRotatedBytes / bytes));
+    fill(weights.data(), weights.bytes());
     Machine machine(pool, activation_format(format) != ActivationFormat::kF32);
-    for (int i = 5; i < argc; ++i) bench(format, n, k, std::atoi(argv[i]), pool, machine, weights.get());
+    for (int i = 5; i < argc; ++i) bench(format, n, k, std::atoi(argv[i]), pool, machine, weights.data());
   }
 }

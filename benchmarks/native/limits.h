@@ -23,11 +23,15 @@ struct AlignedFree {
 };
 using AlignedBytes = std::unique_ptr<uint8_t[], AlignedFree>;
 
+// Every fp16 and fp32 among these bytes is a small normal number.
+inline void fill(uint8_t* data, size_t bytes) {
+  uint32_t state = 1;
+  for (size_t i = 0; i < bytes; ++i) data[i] = static_cast<uint8_t>(0x20 | ((state = state * 1664525 + 1013904223) >> 28));
+}
+
 inline AlignedBytes aligned_bytes(size_t bytes) {
   AlignedBytes data(static_cast<uint8_t*>(std::aligned_alloc(64, (bytes + 8191) / 64 * 64)));
-  // Every fp16 and fp32 among these bytes is a small normal number.
-  uint32_t state = 1;
-  for (size_t i = 0; i < bytes + 4096; ++i) data[i] = static_cast<uint8_t>(0x20 | ((state = state * 1664525 + 1013904223) >> 28));
+  fill(data.get(), bytes + 4096);
   return data;
 }
 

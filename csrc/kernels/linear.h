@@ -58,7 +58,7 @@ struct LinearKernels {
   void (*decode_row)(const PackedWeight& weight, int32_t row, float* out);
 };
 
-inline constexpr size_t kLinearScratchBytes = 160 * 1024;
+inline constexpr size_t kLinearScratchBytes = 256 * 1024;
 inline size_t linear_scratch_bytes() { return kLinearScratchBytes; }
 
 const LinearKernels& linear_kernels();  // of the path in use

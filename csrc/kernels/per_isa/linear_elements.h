@@ -1,104 +1,110 @@
 // Weights of 16 and 32 bits times fp32 activations (NUMERICS N4): from zero per 256 columns, one chain of fused
 // multiply-adds in ascending order per output, block sums added ascending.
+//
+// A group of row blocks is multiplied chunk by chunk, so that a chunk's activations stay in the first-level cache while
+// the group's weights pass by. They are copied first: then one address serves all rows, and rows that lie a power of two
+// apart do not share a few sets of the cache. Few rows multiply the packed elements, which are converted in registers.
+// More rows share weights that were converted once, in register tiles of several row blocks. Sums of chunks wait in
+// scratch.
 #pragma once
 
-#include "kernels/per_isa/linear_shapes.h"
+#include "kernels/per_isa/linear_drivers.h"
 
 namespace tokenmill::TM_ISA {
 
-struct ElementActivations {
-  const float* x;  // first row, first column of the chunk
-  size_t stride;   // floats
-
-  TM_INLINE F32x16 at(int row, int column) const { return set1(x[static_cast<size_t>(row) * stride + static_cast<size_t>(column)]); }
-  TM_INLINE ElementActivations from_row(int row) const { return {x + static_cast<size_t>(row) * stride, stride}; }
-};
-
-struct ElementKind {
-  static constexpr int kTileColumns = 64;  // so that a tile stays in the first-level cache
-  struct Tile {
-    alignas(64) float w[kTileColumns][kTileBlocks][16];
-  };
-  using Activations = ElementActivations;
-
-  template <int kRows, class Before>
-  static TM_INLINE void multiply_tile(const Tile& tile, int columns, const ElementActivations& x, const Before& before,
-                                      F32x16 (&acc)[kRows][kTileBlocks]) {
-    TM_UNROLL for (int m = 0; m < kRows; ++m) {
-      TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = before(m, n);
-    }
-    for (int k = 0; k < columns; ++k) {
-      F32x16 w[kTileBlocks];
-      TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) w[n] = load(tile.w[k][n]);
-      TM_UNROLL for (int m = 0; m < kRows; ++m) {
-        const F32x16 value = x.at(m, k);
-        TM_UNROLL for (int n = 0; n < kTileBlocks; ++n) acc[m][n] = fma(w[n], value, acc[m][n]);
-      }
-    }
-  }
-};
-
+// Packed elements of 16 rows: 16 bits with two columns side by side, or floats column by column.
 template <WeightFormat kFormat>
-struct ElementFormat {
-  using Kind = ElementKind;
-  static constexpr int kElementBytes = kFormat == WeightFormat::kF32 ? 4 : 2;
-  static constexpr int kColumnBytes = kElementBytes * kBlockRows;
+struct PackedElements {
+  static constexpr bool kPairs = kFormat != WeightFormat::kF32;
+  static constexpr int kColumnBytes = kBlockRows * (kPairs ? 2 : 4);
   static constexpr int kChunkBytes = kColumnBytes * kChunkColumns;
-  static constexpr int kRestartColumns = kChunkColumns;
 
-  static TM_INLINE int chunk_bytes(int columns) { return kColumnBytes * columns; }
-
-  static TM_INLINE ElementActivations activations(const LinearArguments& arguments, int32_t row, int32_t column) {
-    const uint8_t* x = arguments.x + static_cast<size_t>(row) * arguments.x_stride;
-    return {reinterpret_cast<const float*>(x) + column, arguments.x_stride / sizeof(float)};
+  static TM_INLINE void load_pair(const uint8_t* p, F32x16& even, F32x16& odd) {
+    if constexpr (kFormat == WeightFormat::kF16) {
+      load_f16_pairs(p, even, odd);
+    } else {
+      load_bf16_pairs(p, even, odd);
+    }
   }
 
-  // use(column, weights of 16 rows) for every column of a chunk, ascending.
-  template <class Use>
-  static TM_INLINE void for_each_column(const uint8_t* chunk, int columns, Use use) {
-    if constexpr (kFormat == WeightFormat::kF32) {
-      for (int k = 0; k < columns; ++k) use(k, load(reinterpret_cast<const float*>(chunk) + 16 * k));
-    } else {
-      int k = 0;
+  // A column of floats, or the last one of an odd K.
+  static TM_INLINE F32x16 load_one(const uint8_t* p) {
+    if constexpr (kFormat == WeightFormat::kF32) return load(reinterpret_cast<const float*>(p));
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+    return kFormat == WeightFormat::kF16 ? load_f16(halves) : load_bf16(halves);
+  }
+
+  // out[column] = the 16 rows' weights.
+  static void convert(const uint8_t* packed, int columns, float (*out)[kBlockRows]) {
+    int k = 0;
+    if constexpr (kPairs) {
       for (; k + 2 <= columns; k += 2) {
         F32x16 even, odd;
-        if constexpr (kFormat == WeightFormat::kF16) {
-          load_f16_pairs(chunk + kColumnBytes * k, even, odd);
-        } else {
-          load_bf16_pairs(chunk + kColumnBytes * k, even, odd);
-        }
-        use(k, even);
-        use(k + 1, odd);
-      }
-      if (k < columns) {
-        const uint16_t* last = reinterpret_cast<const uint16_t*>(chunk + kColumnBytes * k);
-        use(k, kFormat == WeightFormat::kF16 ? load_f16(last) : load_bf16(last));
+        load_pair(packed + kColumnBytes * k, even, odd);
+        store(out[k], even);
+        store(out[k + 1], odd);
       }
     }
-  }
-
-  template <int kRows>
-  static TM_INLINE void multiply_packed(const uint8_t* chunk, int columns, const ElementActivations& x, bool prefetch_ahead, F32x16 (&acc)[kRows][1]) {
-    constexpr int kLineColumns = 64 / kColumnBytes;
-    for_each_column(chunk, columns, [&](int k, F32x16 w) TM_UNROLLED {
-      if (k % kLineColumns == 0 && prefetch_ahead) prefetch_lines<64>(chunk, static_cast<size_t>(2 * kChunkBytes + kColumnBytes * k));
-      TM_UNROLL for (int m = 0; m < kRows; ++m) acc[m][0] = fma(w, x.at(m, k), acc[m][0]);
-    });
-  }
-
-  static TM_INLINE void unpack(const uint8_t* chunk, int columns, ElementKind::Tile& tile, int block) {
-    for_each_column(chunk, columns, [&](int k, F32x16 w) TM_UNROLLED { store(tile.w[k][block], w); });
-  }
-
-  static void decode_row(const PackedWeight& weight, int32_t row, float* out) {
-    const uint8_t* block = weight.data + static_cast<size_t>(row / kBlockRows) * row_block_bytes(kFormat, weight.k);
-    const int lane = row % kBlockRows;
-    for_each_column(block, weight.k, [&](int k, F32x16 w) TM_UNROLLED {
-      float lanes[16];
-      store(lanes, w);
-      out[k] = lanes[lane];
-    });
+    for (; k < columns; ++k) store(out[k], load_one(packed + kColumnBytes * k));
   }
 };
+
+// What a kernel multiplies: the columns of one chunk, a panel of rows, one or more row blocks.
+struct ElementPanel {
+  const float* x;  // [rows][kChunkColumns]
+  const uint8_t* weights;
+  size_t weights_stride;  // bytes between row blocks
+  int columns;
+  bool first_chunk;           // there are no sums yet
+  float (*sums)[kBlockRows];  // of the chunks so far, of the panel's first row and row block
+  int sums_stride;            // vectors between rows
+  const uint8_t* ahead;       // prefetched from here on, ahead_step bytes with every two columns
+  size_t ahead_step;
+  size_t ahead_stride;        // bytes between row blocks
+};
+
+template <class Weights, int kRows, int kBlocks>
+__attribute__((noinline)) void multiply_panel(const ElementPanel& panel) {
+  constexpr int kAheadLines = kBlocks == 1 ? 2 * Weights::kColumnBytes / 64 : 1;  // a packed stream is prefetched whole
+  F32x16 acc[kRows][kBlocks];
+  TM_UNROLL for (int m = 0; m < kRows; ++m) {
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) acc[m][n] = zero_f32();
+  }
+  const float* x = panel.x;
+  const uint8_t* weights = panel.weights;
+  const uint8_t* ahead = panel.ahead;
+  const size_t weights_stride = panel.weights_stride, ahead_step = panel.ahead_step, ahead_stride = panel.ahead_stride;
+  const float* const end = x + panel.columns / 2 * 2;
+  const auto multiply = [&](const F32x16 (&w)[kBlocks], const float* column) TM_UNROLLED {
+    TM_UNROLL for (int m = 0; m < kRows; ++m) {
+      const F32x16 value = set1(column[kChunkColumns * m]);
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) acc[m][n] = fma(w[n], value, acc[m][n]);
+    }
+  };
+  const auto multiply_one = [&](const uint8_t* from, const float* column) TM_UNROLLED {
+    F32x16 w[kBlocks];
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) w[n] = Weights::load_one(from + static_cast<size_t>(n) * weights_stride);
+    multiply(w, column);
+  };
+  for (; x != end; x += 2, weights += 2 * Weights::kColumnBytes, ahead += ahead_step) {
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) {
+      TM_UNROLL for (int line = 0; line < kAheadLines; ++line) prefetch(ahead + static_cast<size_t>(n) * ahead_stride + 64 * line);
+    }
+    if constexpr (Weights::kPairs) {
+      F32x16 even[kBlocks], odd[kBlocks];
+      TM_UNROLL for (int n = 0; n < kBlocks; ++n) Weights::load_pair(weights + static_cast<size_t>(n) * weights_stride, even[n], odd[n]);
+      multiply(even, x);
+      multiply(odd, x + 1);
+    } else {  // one column after the other: there are no registers to spare for two
+      multiply_one(weights, x);
+      multiply_one(weights + Weights::kColumnBytes, x + 1);
+    }
+  }
+  if (panel.columns % 2 != 0) multiply_one(weights, x);
+  TM_UNROLL for (int m = 0; m < kRows; ++m) {
+    float (*sums)[kBlockRows] = panel.sums + m * panel.sums_stride;
+    TM_UNROLL for (int n = 0; n < kBlocks; ++n) store(sums[n], panel.first_chunk ? acc[m][n] : add(load(sums[n]), acc[m][n]));
+  }
+}
 
 }  // namespace tokenmill::TM_ISA

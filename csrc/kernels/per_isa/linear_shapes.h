@@ -15,7 +15,7 @@
 
 // Loops over registers: unrolled whole, so that the arrays they index become registers. Rather than a lambda per
 // iteration, which costs many times its compile time.
-#define TM_UNROLL _Pragma("GCC unroll 16")
+#define TM_UNROLL _Pragma("GCC unroll 24")
 
 namespace tokenmill::TM_ISA {
 
@@ -64,6 +64,25 @@ using DirectRows = Indices<4, 2, 1>;
 inline constexpr int kTileRows = 1, kTileBlocks = 1, kDirectRows = 1;
 using DirectRows = Indices<1>;
 #endif
+
+// Weights of 16 and 32 bits. A panel is the rows of one register tile.
+// PackedPanels: row counts with a kernel that reads one packed row block, descending; more rows than the first one's read
+// converted weights. ConvertedPanels: those of the kernels on kPanelBlocks converted row blocks and fewer.
+#if defined(TM_PATH_AVX512)
+inline constexpr int kPackedRows = 24, kPanelRows = 6, kPanelBlocks = 4;
+using PackedPanels = Indices<24, 20, 16, 14, 12, 10, 8, 6, 5, 4, 3, 2, 1>;
+using ConvertedPanels = Indices<6, 5, 4>;
+#elif defined(TM_PATH_AVX2) || defined(TM_PATH_NEON)
+inline constexpr int kPackedRows = 4, kPanelRows = 6, kPanelBlocks = 1;
+using PackedPanels = Indices<4, 3, 2, 1>;
+using ConvertedPanels = Indices<6, 5, 4, 3>;
+#else
+inline constexpr int kPackedRows = 1, kPanelRows = 1, kPanelBlocks = 1;
+using PackedPanels = Indices<1>;
+using ConvertedPanels = Indices<1>;
+#endif
+// Converted row blocks and rows of a sweep: weights and sums together take less than half of a 512 KiB second-level cache.
+inline constexpr int kGroupBlocks = 8, kElementSweepRows = 192;
 
 // Rows that share one unpacked tile; their accumulators wait in scratch.
 inline constexpr int kSweepRows = 256;
