@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -10,6 +11,7 @@ from test_core import outputs, request, run
 
 from tokenmill.engine.core import EngineCore
 from tokenmill.engine.messages import TokenOutput
+from tokenmill.engine.scheduler import Scheduler
 from tokenmill.engine.step_time import StepTimeModel, StepWork
 from tokenmill.sampling import SamplingParams
 
@@ -77,6 +79,47 @@ def test_where_decodes_take_most_of_the_target_a_prompt_gets_as_much_time_as_the
     assert max(gaps) <= 2.5 * (costs.step + 4 * costs.row)
     _, whole = gaps_and_first_token(*simulated_core(costs=costs, tokens=LONG + 8, pages=1200))
     assert first <= 2.5 * whole
+
+
+def crowd(core: EngineCore, backend: SimulatedBackend, count: int = 24) -> tuple[float, float]:
+    """Two requests run, then ``count`` arrive at once: what all of these take, and the longest gap between two tokens
+    of one of them."""
+    run(core, [request(number, [number + 1] * 128, SamplingParams(max_tokens=64, seed=0)) for number in range(2)])
+    for number in range(count):
+        core.handle(request(number, [number + 1] * 128, SamplingParams(max_tokens=48, seed=0)))
+    begin, longest, last = backend.now, 0.0, dict[int, float]()
+    while core.busy:
+        for told in [event.request_id for event in core.step() if isinstance(event, TokenOutput)]:
+            longest = max(longest, backend.now - last.get(told, backend.now))
+            last[told] = backend.now
+    return backend.now - begin, longest
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.3])
+def test_a_crowd_takes_hardly_longer_than_without_a_target(jitter: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured shape of a larger model on two cores: its weights take most of the target, a row a tenth of it."""
+    costs = Costs(step=34e-3, row=5.5e-3, pair=0.0, jitter=jitter)
+
+    def serve(target: float | None) -> tuple[float, float]:
+        return crowd(*simulated_core(costs=costs, step_target=target, sequences=24))
+
+    seconds, gap = serve(TARGET)
+    unbounded, stall = serve(None)
+    assert seconds <= unbounded / (0.9 if jitter == 0 else 0.85)
+    assert gap <= 3 * (1 + jitter) * (costs.step + 24 * costs.row) < stall
+    # The negative control: steps as long as those that decode already would allow.
+    monkeypatch.setattr(Scheduler, "_at_hand", lambda scheduler: [s for s in scheduler.running if s.decodes])
+    assert serve(TARGET)[0] > 1.05 * seconds
+
+
+def test_requests_that_there_are_no_pages_for_do_not_make_steps_longer() -> None:
+    costs = Costs(step=1e-3, row=1e-3, pair=0.0)
+
+    def gap(pages: int) -> float:
+        return crowd(*simulated_core(costs=costs, step_target=TARGET, sequences=48, pages=pages, context=640), 48)[1]
+
+    assert gap(40) <= 1.25 * TARGET
+    assert gap(640) > 1.75 * TARGET  # all decode together
 
 
 def test_a_machine_that_slows_down_gets_smaller_chunks() -> None:
@@ -179,6 +222,31 @@ def test_long_decoding_does_not_wash_out_what_a_prompt_costs() -> None:
     for _ in range(3000):
         model.observe(_work(2, 0), 6e-3)
     assert model.seconds(_work(2, 60)) == pytest.approx(6e-3 + 9e-4 * 60, rel=0.1)
+
+
+def test_what_many_decodes_cost_is_guessed_from_prompts_and_few_decodes() -> None:
+    model, rng = StepTimeModel(), random.Random(3)
+
+    def seconds(work: StepWork) -> float:
+        return 3e-2 + 5e-3 * work.decoded + 5e-3 * work.prompt_tokens
+
+    for _ in range(60):
+        work = _work(rng.choice((0, 1, 2)), rng.choice((0, 10, 20)))
+        model.observe(work, seconds(work) * rng.uniform(0.7, 1.3))
+    assert model.seconds(_work(32, 0)) == pytest.approx(seconds(_work(32, 0)), rel=0.4)
+
+
+def test_a_late_step_now_and_then_leaves_the_others_their_time() -> None:
+    def delay(late: int) -> float:
+        """When one in ``late`` steps takes twice as long."""
+        model = StepTimeModel()
+        for number in range(150):
+            model.observe(_work(2, 40), 0.08 if number % late == 0 else 0.04)
+        return model.delay
+
+    assert StepTimeModel().delay == math.inf
+    assert delay(50) < 0.01
+    assert delay(5) > 0.02
 
 
 def test_one_hiccup_does_not_shrink_the_next_steps_to_nothing() -> None:

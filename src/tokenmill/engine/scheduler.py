@@ -106,6 +106,10 @@ class Scheduler:
                 self._plan_decode(sequence, budget)
             else:
                 others.append(sequence)
+        if self.limits.step_target is not None and (others or self.waiting):
+            for sequence in self._at_hand():
+                if sequence.request.generates:
+                    budget.everyone.add_decode(sequence.length - 1)
         for sequence in others:
             self._plan(sequence, budget)
         # A sequence that lost its pages in this step does not get them back in the same one.
@@ -154,6 +158,19 @@ class Scheduler:
         # Steps of decoding alone are all alike: a few of them tell enough.
         if self.limits.step_target is not None and (work.prompt_tokens or self._observed % _DECODES_OBSERVED == 0):
             self.step_time.observe(work, seconds)
+
+    def _at_hand(self) -> list[Sequence]:
+        """Those that run, and of those that wait the ones that there are seats and pages for."""
+        at_hand = list(self.running)
+        room = [usage.free + usage.cached for usage in self.cache.usage()]
+        needed = self._promised()
+        for sequence in self.waiting[: self.limits.sequences - len(self.running)]:
+            pages = self.cache.pages_needed(sequence.length + 1, self.limits.tokens)
+            needed = [sum(counts) for counts in zip(needed, pages, strict=True)]
+            if any(need > has for need, has in zip(needed, room, strict=True)):
+                break
+            at_hand.append(sequence)
+        return at_hand
 
     def _plan_decode(self, sequence: Sequence, budget: StepBudget) -> None:
         """The token sampled last. A step has a token and a row of logits for everyone: only pages can be short."""

@@ -3,8 +3,9 @@
 Decodes are planned first and always fit. Prompts get the time that is left of the step's target, by what
 :class:`tokenmill.engine.step_time.StepTimeModel` knows. Cutting a prompt costs time: each of its chunks reads the
 weights and the context again, beside other requests' tokens. Where that takes a large share of the target, steps grow,
-as far as all but one in a hundred stay below twice the target: the more evenly a machine runs, the further. And prompts
-get at least as much time as the decodes take, so that they go on where decodes alone use up the target.
+as far as hardly one in a hundred takes more than twice the target: the more evenly a machine runs, the further. And a
+step may always take twice as long as one in which everybody at hand decodes: prompts go on where decodes alone use up
+the target, and a crowd that arrives at once is soon decoding together, instead of a few at a time in many more steps.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ _LEAST_PROMPT = 8
 """Tokens that the first prompt of a step gets whatever the time: no estimate can starve it."""
 _OVERHEAD = 0.25
 """Share of a step that decodes and reading the context again may take before the step grows."""
-_LONGEST = 1.9
-"""Targets (two, with a little to spare) that all but one in a hundred of such steps stay below, and ..."""
-_DEVIATIONS = 2.33
-"""... standard deviations that these are above the mean."""
+_LONGEST = 1.8
+"""Targets that nineteen in twenty of such steps stay below, so that hardly one in a hundred takes more than two."""
+_CROWD = 2
+"""Times that a step in which everybody decodes fits into the longest one."""
 _ALONE = 4.0
 """While nothing decodes nobody waits for a token, and steps of this many targets read the weights less often."""
 
@@ -54,6 +55,8 @@ class StepBudget:
         self.rows = rows
         self.scored = MAX_SCORED_ROWS
         self.work = StepWork()
+        self.everyone = StepWork()
+        """The step in which all that are at hand decode; to be set before prompts are planned."""
         self._target = target
         self._model = model
 
@@ -61,14 +64,14 @@ class StepBudget:
         """Tokens that a prompt may get from slot ``computed`` on."""
         if self._target is None:
             return self.tokens
-        decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
         if self.work.decoded:
+            decodes = self._model.seconds(StepWork(self.work.decoded, self.work.decoded_slots))
             overhead = decodes + self._model.chunk_seconds(computed)
-            longest = max(_LONGEST / (1 + _DEVIATIONS * self._model.spread), 1.0) * self._target
+            longest = max(_LONGEST * self._target - self._model.delay, self._target)
             seconds = min(max(self._target, overhead / _OVERHEAD), longest)
         else:
             seconds = _ALONE * self._target
-        left = max(seconds, 2 * decodes) - self._model.seconds(self.work)
+        left = max(seconds, _CROWD * self._model.seconds(self.everyone)) - self._model.seconds(self.work)
         count = self._model.prompt_tokens(self.work, computed, left)
         if self.work.prompt_tokens == 0:
             count = max(count, _LEAST_PROMPT)

@@ -12,23 +12,27 @@ away, everything slows down alike.
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-_FORGETTING = 0.98
-"""How much of what was known along a measurement's direction outlives it: about fifty steps are remembered."""
+_FORGETTING = 0.94
+"""How much of what was known along a measurement's direction outlives it: about sixteen steps are remembered."""
 _PRIOR = 1e-2
 """Information of the first guess, that everything is free: little beside one measurement of what a step has much of,
 and enough to keep what it has next to nothing of from explaining anything."""
+_ALIKE = 0.3
+"""Information of the guess that a token costs the same, and a slot that it reads, whether it decodes or is of a prompt:
+where few decode at a time only this tells what many will cost."""
 _PACE = 0.5
 """Share of a measurement in the machine's pace."""
-_SPREAD = 0.05
-"""Share of a measurement in the spread of steps around what was expected of them."""
-_FIRST_SPREAD = 0.1
-_LEAST_SPREAD = 0.05
-"""No machine is so even that steps go as expected for sure."""
+_DELAYS = 100
+"""Steps with prompts whose delays are remembered."""
+_LATE = 20
+"""One in so many of them may be later than :attr:`StepTimeModel.delay`."""
 _SWEEPS = 30
 _SETTLED = 1e-3
 """Sweeps end when no cost changes by more than this share of the step."""
@@ -81,8 +85,14 @@ class StepTimeModel:
     def __init__(self) -> None:
         self._costs = [0.0] * len(_SCALES)
         self._information = [[_PRIOR if i == j else 0.0 for j in range(len(_SCALES))] for i in range(len(_SCALES))]
+        for decoding, prompt in ((1, 3), (2, 4)):
+            pair = (decoding, 1 / _SCALES[decoding]), (prompt, -1 / _SCALES[prompt])
+            norm = sum(unit * unit for _, unit in pair)
+            for i, row_unit in pair:
+                for j, unit in pair:
+                    self._information[i][j] += _ALIKE * row_unit * unit / norm
         self._pace = 1.0
-        self._variance = _FIRST_SPREAD**2
+        self._delays: deque[float] = deque(maxlen=_DELAYS)
         self._longest = _FIRST_CHUNK // 2
         self._observed = [0, 0]
         """Steps of decodes alone, and steps with prompts."""
@@ -92,9 +102,12 @@ class StepTimeModel:
         return self._pace * _dot(self._costs, work.features())
 
     @property
-    def spread(self) -> float:
-        """Standard deviation of the steps with prompts around what was expected of them, as a share of it."""
-        return max(math.sqrt(self._variance), _LEAST_SPREAD)
+    def delay(self) -> float:
+        """Seconds beyond what was expected that a step with prompts is late, where one in twenty is later; infinite
+        while that is unknown."""
+        if not self._delays:
+            return math.inf
+        return max(heapq.nlargest(1 + len(self._delays) // _LATE, self._delays)[-1], 0.0)
 
     def chunk_seconds(self, computed: int) -> float:
         """What a chunk of a prompt costs from slot ``computed`` on, however few its tokens are."""
@@ -122,12 +135,12 @@ class StepTimeModel:
         if self._observed[with_prompt] > _FAMILIAR and expected > 0:
             ratio = min(seconds / (self._pace * expected), _OUTLIER)
             if with_prompt:
-                self._variance += _SPREAD * ((ratio - 1) ** 2 - self._variance)
+                self._delays.append(seconds - self._pace * expected)
             self._pace *= 1 + _PACE * (ratio - 1)
-            surprise = seconds / (self._pace * expected)
-            self._fit(x, expected * min(max(surprise, 1 - _SURPRISE), 1 + _SURPRISE))
+            likely = self._pace * expected
+            self._fit(x, min(max(seconds, (1 - _SURPRISE) * likely), (1 + _SURPRISE) * likely))
         else:
-            self._fit(x, seconds / self._pace)
+            self._fit(x, seconds)
 
     def _fit(self, x: list[float], seconds: float) -> None:
         along = [_dot(row, x) for row in self._information]
