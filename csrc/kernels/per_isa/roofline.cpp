@@ -89,6 +89,7 @@ TM_INLINE float fma_chains(int64_t iterations) {
   const F32x16 x = set1(0.999f), y = set1(0.001f);
   F32x16 a = set1(0.1f), b = set1(0.2f), c = set1(0.3f), d = set1(0.4f), e = set1(0.5f), f = set1(0.6f);
   F32x16 g = set1(0.7f), h = set1(0.8f), i = set1(0.9f), j = set1(1.1f), k = set1(1.2f), l = set1(1.3f);
+#pragma GCC unroll 8
   for (int64_t n = 0; n < iterations; ++n) {
     a = fma(a, x, y);
     b = fma(b, x, y);
