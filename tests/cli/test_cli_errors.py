@@ -52,6 +52,7 @@ def test_version(cli):
         ("generate", "smollm2-135m", "Hi", "--backend", "cuda"),
         ("chat", "smollm2-135m", "--top-p", "3"),
         ("generate", "smollm2-135m", "Hi", "--raw", "--system", "Be brief"),
+        ("serve", "smollm2-135m", "--screened-head", "maybe"),
         ("show", "no-such-model"),
         ("show", "/absent/model.gguf"),
         ("pull",),

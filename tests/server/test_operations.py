@@ -110,7 +110,7 @@ def test_keys_guard_every_route_but_health(tiny_model: Path) -> None:
 
 def test_admin_routes_are_closed_when_only_users_have_keys(tiny_model: Path) -> None:
     options = ("--api-key", "alpha", "--log-format", "json", "--log-prompts", "--cors-origin", "https://app.example")
-    with serving(tiny_model, *SMALL, *options) as server:
+    with serving(tiny_model, *SMALL, *options, "--screened-head", "auto") as server:
         key = {"authorization": "Bearer alpha"}
         assert server.post("/reset_prefix_cache", headers=key).status_code == 403
         answer = server.post("/v1/completions", COMPLETION, headers={**key, "x-request-id": "logged"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,8 @@ from tokenmill.errors import UsageError
 
 if TYPE_CHECKING:
     from tokenmill.server.served import ServedModel
+
+_SCREENED_HEAD: dict[str, Literal["off", "on", "auto"]] = {"off": "off", "on": "on", "auto": "auto"}
 
 
 def serve(
@@ -50,6 +52,9 @@ def serve(
         float, typer.Option("--step-target", help="Seconds that a step should take; 0 for no target.")
     ] = 0.05,
     scheduling_policy: Annotated[str, typer.Option("--scheduling-policy", help="fcfs, or priority.")] = "fcfs",
+    screened_head: Annotated[
+        str, typer.Option("--screened-head", help="off, on or auto: greedy steps read less of the output head.")
+    ] = "off",
     swap_space: Annotated[
         str | None, typer.Option("--swap-space", help="Files for requests that make room, e.g. 8GB. Default: none.")
     ] = None,
@@ -94,6 +99,7 @@ def serve(
 
     for option, value, allowed in (
         ("--scheduling-policy", scheduling_policy, ["fcfs", "priority"]),
+        ("--screened-head", screened_head, list(_SCREENED_HEAD)),
         ("--reasoning-parser", reasoning_parser, [each.value for each in ReasoningParser]),
         ("--pooling", pooling, [each.value for each in Pooling]),
         ("--log-format", log_format, [each.value for each in LogFormat]),
@@ -131,6 +137,7 @@ def serve(
         threads=threads,
         step_target=step_target or None,
         scheduling_policy="priority" if scheduling_policy == "priority" else "fcfs",
+        screened_head=_SCREENED_HEAD[screened_head],
         swap_space=swap_space,
         enable_prefix_caching=prefix_caching,
     )
