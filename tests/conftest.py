@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tokenmill import _native
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,12 @@ def smollm2_path() -> Path:
         return Path(resolve("smollm2-135m"))
     except TokenmillError as error:
         pytest.skip(f"the default model cannot be had here: {error}")
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction-set path of this processor in turn, in use."""
+    before = _native.active_isa()
+    _native.set_active_isa(request.param)
+    yield request.param
+    _native.set_active_isa(before)

@@ -128,14 +128,6 @@ def cases(seed: int) -> Iterator[tuple[str, PackedMatrix, np.ndarray]]:
     yield "a head that is not finite", q8_0(scales, codes), x
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_the_largest_logit_and_its_place_are_those_of_the_whole_head(seed: int, isa: str) -> None:
     for name, head, x in cases(seed):

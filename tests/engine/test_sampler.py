@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -12,14 +12,6 @@ from tokenmill import _native
 OK, NOT_FINITE, NOTHING_ALLOWED = 0, 1, 2
 INF = float("inf")
 ONE = _native.ThreadPool(1)
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
 
 
 def history(tokens: Sequence[int] = (0,), prompt: int | None = None, **settings: object) -> _native.TokenHistory:

@@ -29,14 +29,6 @@ SHAPES = {
 NARROW = ["grouped", "head_8", "window", "softcap", "bf16", "fp32"]
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request):
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
-
-
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(actual - expected).max() / np.abs(expected).max())
 

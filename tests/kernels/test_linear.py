@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from gguf_blocks import (
@@ -23,14 +21,6 @@ from tokenmill.program.ops import ActivationFormat, WeightFormat
 ROW_COUNTS = (*range(1, 21), 31, 32, 33, 64, 127, 512)
 SEGMENT = 2048
 ALL_FORMATS = pytest.mark.parametrize("weight_format", list(WeightFormat), ids=lambda f: f.name)
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
 
 
 class Weight:

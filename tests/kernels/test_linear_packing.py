@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from gguf_blocks import (
@@ -19,14 +17,6 @@ from gguf_blocks import (
 
 from tokenmill import _native
 from tokenmill.program.ops import WeightFormat
-
-
-@pytest.fixture(params=_native.available_isas())
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
 
 
 def pack(weight_format: WeightFormat, rows: U8, k: int, threads: int = 1) -> U8:

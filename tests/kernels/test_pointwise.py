@@ -14,14 +14,6 @@ from tokenmill import _native
 WIDTHS = [1, 8, 15, 16, 17, 63, 64, 65, 128, 576, 1000]
 
 
-@pytest.fixture(params=_native.available_isas())
-def isa(request):
-    before = _native.active_isa()
-    _native.set_active_isa(request.param)
-    yield request.param
-    _native.set_active_isa(before)
-
-
 def rows(width: int, seed: int = 0, spread: float = 1.0) -> np.ndarray:
     return (np.random.default_rng(seed).standard_normal((3, width)) * spread).astype(np.float32)
 

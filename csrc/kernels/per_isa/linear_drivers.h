@@ -3,8 +3,7 @@
 // columns, so both give the same bits.
 //
 // A Format provides kChunkBytes, kRestartColumns, chunk_bytes(columns), activations(arguments, row, column),
-// multiply_packed<rows>, unpack and a Kind; a Kind provides Tile, kTileColumns, Activations and
-// multiply_tile<rows>.
+// multiply_packed<rows>, unpack and a Kind; a Kind provides Tile, Activations and multiply_tile<rows>.
 #pragma once
 
 #include "kernels/per_isa/linear_shapes.h"
@@ -134,14 +133,13 @@ __attribute__((noinline)) void sweep_tile(const typename Kind::Tile& tile, int c
 // Up to kTileBlocks row blocks times up to kSweepRows rows.
 template <class Format>
 void multiply_tiles(const LinearArguments& arguments, int32_t block, int blocks, int32_t row, int rows, TileScratch<Format>& scratch) {
-  constexpr int kTileColumns = Format::Kind::kTileColumns, kTileBytes = Format::kChunkBytes / (kChunkColumns / kTileColumns);
   const int32_t k = arguments.weight.k;
   const size_t block_bytes = row_block_bytes(arguments.weight.format, k);
   const uint8_t* chunk = arguments.weight.data + static_cast<size_t>(block) * block_bytes;
   const int panels = (rows + kTileRows - 1) / kTileRows;
   Sweep sweep{arguments, block, row, blocks, rows, scratch.acc, scratch.total, true, false, true, false, nullptr, block_bytes, 0};
   for (int32_t column = 0; column < k;) {
-    const int columns = k - column < kTileColumns ? k - column : kTileColumns;
+    const int columns = k - column < kChunkColumns ? k - column : kChunkColumns;
     for (int n = 0; n < blocks; ++n) Format::unpack(chunk + static_cast<size_t>(n) * block_bytes, columns, scratch.tile, n);
     const auto x = Format::activations(arguments, row, column);
     chunk += Format::chunk_bytes(columns);
@@ -150,7 +148,7 @@ void multiply_tiles(const LinearArguments& arguments, int32_t block, int blocks,
     sweep.last_segment = column == k;
     // After the last chunk come the first ones of the next row blocks.
     sweep.next = column < k ? chunk : chunk + static_cast<size_t>(blocks - 1) * block_bytes;
-    sweep.next_lines = (kTileBytes / 64 + panels - 1) / panels;
+    sweep.next_lines = (Format::kChunkBytes / 64 + panels - 1) / panels;
     sweep_tile<typename Format::Kind>(scratch.tile, columns, x, sweep);
     sweep.begins_segment = sweep.ends_segment;
     if (sweep.ends_segment) sweep.first_segment = false;

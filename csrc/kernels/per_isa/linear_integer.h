@@ -49,7 +49,6 @@ template <bool kSuperBlock, int kScaleColumns, int kOffset, int kCodeBits, int k
 struct IntegerKind {
   using Sum = QuadSum<kDotBits>;
   static constexpr bool kHasMinimum = kOffset == 0;
-  static constexpr int kTileColumns = kChunkColumns;
   // Codes of `kTileBlocks` row blocks, unpacked, beside their scales.
   struct Tile {
     alignas(64) uint8_t codes[kChunkColumns / 4][kTileBlocks][64];
